@@ -1,0 +1,42 @@
+# make help tells the targets. PYTHON is the interpreter that the environments are made with.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: serve test test-long lint bench help clean
+
+help:  ## this text
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+serve: $(VENV)/serve.done  ## install, then serve the demo model on http://127.0.0.1:8080
+	$(BIN)/python -m handler serve $(ARGS)
+
+test: $(VENV)/test.done  ## install, then run the tests (8 minutes at most on 2 cores)
+	$(BIN)/python -m pytest -m "not long" $(ARGS)
+
+test-long: $(VENV)/test.done  ## the tests that take longer
+	$(BIN)/python -m pytest -m long $(ARGS)
+
+lint: $(VENV)/test.done  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/serve.done  ## time the demo model: latency alone, throughput with many clients
+	$(BIN)/python benchmarks/serve.py $(ARGS)
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The server's packages, then the tests' on top: the same environment serves both.
+$(VENV)/serve.done: pyproject.toml | $(VENV)/bin/python
+	$(PIP) install -q -e '.[serve,transformers]'
+	@touch $@
+
+$(VENV)/test.done: pyproject.toml | $(VENV)/bin/python
+	$(PIP) install -q -e '.[serve,transformers,test,lint]'
+	@touch $@ $(VENV)/serve.done

@@ -1,0 +1,103 @@
+"""What commands share: the model they work on, its options, the log."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from handler.config import Configuration, read_configuration
+from handler.errors import LoadError
+
+# Lies in a source checkout, not in an installed package or a model tarball.
+DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo" / "model"
+_DEMO_NAME = "demo"
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    name: str
+    configuration: Configuration
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a property, as option.NAME=VALUE in serving.properties; may be repeated",
+    )
+
+
+def start_log(quiet: bool = False) -> None:
+    """Our own log and warnings to stderr."""
+    logging.basicConfig(
+        level=logging.WARNING if quiet else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+    )
+    for chatty in ("httpx", "huggingface_hub", "transformers"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def choose_model(model: str | None, options: Sequence[str]) -> ModelChoice:
+    """The configuration for MODEL (a folder or a hub id), or for the demo without one.
+
+    A folder's serving.properties count as they do in DJLServing: below ``--option``, above the
+    environment. Raises LoadError.
+    """
+    command_line = dict(map(_split, options))
+    properties: dict[str, str] = {}
+    if model is None and not _names_a_model(command_line):
+        model = str(_demo())
+    if model is not None and Path(model).is_dir():
+        properties = {**_serving_properties(Path(model)), "model_dir": model}
+    elif model is not None:
+        command_line["model_id"] = model
+    configuration = read_configuration(
+        command_line=command_line, properties=properties, environment=os.environ
+    )
+    return ModelChoice(_name(configuration), configuration)
+
+
+def _split(option: str) -> tuple[str, str]:
+    name, equals, value = option.partition("=")
+    if not equals or not name:
+        raise LoadError(f"--option {option} must be NAME=VALUE")
+    return name, value
+
+
+def _names_a_model(command_line: dict[str, str]) -> bool:
+    named = {"model_id", "s3url"} & {name.lower() for name in command_line}
+    variables = ("HF_MODEL_ID", "OPTION_MODEL_ID", "OPTION_S3URL")
+    return bool(named) or any(os.environ.get(variable) for variable in variables)
+
+
+def _demo() -> Path:
+    if not DEMO.is_dir():
+        raise LoadError("no MODEL given, and the demo model is not in this installation")
+    return DEMO
+
+
+def _serving_properties(folder: Path) -> dict[str, str]:
+    file = folder / "serving.properties"
+    if not file.is_file():
+        return {}
+    import javaproperties
+
+    try:
+        with file.open("rb") as stream:
+            return dict(javaproperties.load(stream))
+    except ValueError as error:
+        raise LoadError(f"{file} cannot be read: {error}") from error
+
+
+def _name(configuration: Configuration) -> str:
+    """As DJLServing names a model: by its folder."""
+    place = configuration.model_id or configuration.model_dir or ""
+    if Path(place).resolve() == DEMO:
+        return _DEMO_NAME
+    return Path(place).resolve().name if Path(place).is_dir() else place.rstrip("/").split("/")[-1]

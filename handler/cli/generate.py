@@ -1,0 +1,60 @@
+"""``generate``: answer prompts in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from handler.cli.common import add_model_arguments, choose_model, start_log
+from handler.engines import load_model
+from handler.errors import RequestError
+from handler.generation import GenerationRequest
+from handler.parameters import parse_parameters
+
+
+def add_to(commands: Any) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="answer prompts in the terminal",
+        description="Answer prompts in the terminal, one line each.",
+    )
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT")
+    parser.add_argument("--model", help="checkpoint folder or hub id (default: the demo)")
+    parser.add_argument(
+        "--parameters",
+        default="{}",
+        metavar="JSON",
+        help='generation parameters, as {"max_new_tokens": 20}',
+    )
+    add_model_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print each prompt's answer. Raises LoadError, RequestError."""
+    start_log(quiet=True)
+    raw = _json_object(arguments.parameters)
+    choice = choose_model(arguments.model, arguments.option)
+    model = load_model(choice.configuration)
+    try:
+        parameters = parse_parameters(raw, model.limits)
+        template = choice.configuration.prompt_template
+        requests = [
+            GenerationRequest(template.replace("{input}", prompt), parameters)
+            for prompt in arguments.prompts
+        ]
+        for result in model.generate(requests):
+            print(result.text)
+    finally:
+        model.close()
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise RequestError(f"--parameters is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise RequestError(f"--parameters must be a JSON object, got {text}")
+    return value

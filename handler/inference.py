@@ -1,0 +1,151 @@
+"""The model as callers have it: texts in, texts out, from any thread."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from handler.batcher import Batcher
+from handler.errors import RequestError
+from handler.generation import Generation, GenerationRequest, GenerationResult, TokenEvent
+from handler.parameters import (
+    ParameterLimits,
+    check_limits,
+    parameters_in_use,
+    parse_parameters,
+)
+from handler.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from handler.engines.protocol import BatchEngine
+
+
+class Model:
+    """A loaded model. Made by ``init_inference``; every method may be called from any thread."""
+
+    def __init__(
+        self,
+        engine: BatchEngine,
+        *,
+        max_input_tokens: int,
+        max_output_tokens: int,
+        max_queue: int,
+    ) -> None:
+        self.limits = ParameterLimits(max_input_tokens, max_output_tokens, engine.max_rows)
+        self.backend = engine.name
+        self.tokenizer: Tokenizer = engine.tokenizer
+        self._supported = engine.supported_parameters
+        self._batcher = Batcher(engine, max_queue)
+
+    @property
+    def waiting(self) -> int:
+        """Prompts that wait for a row."""
+        return self._batcher.waiting
+
+    @property
+    def running(self) -> int:
+        """Prompts that are being answered."""
+        return self._batcher.running
+
+    def pipeline_generate(self, inputs: list[str], **parameters: Any) -> list[str]:
+        """Answer texts with one set of parameters, as FasterTransformer's method of this name.
+
+        Raises RequestError.
+        """
+        parsed = parse_parameters(parameters, self.limits)
+        results = self.generate([GenerationRequest(text, parsed) for text in inputs])
+        return [result.text for result in results]
+
+    def generate(self, requests: list[GenerationRequest]) -> list[GenerationResult]:
+        """Answer requests, each with its own parameters, in their order. Raises RequestError."""
+        futures = self.submit(requests)
+        try:
+            return [future.result() for future in futures]
+        finally:  # when one fails, the others need not go on
+            for future in futures:
+                future.cancel()
+
+    def stream_generate(self, request: GenerationRequest) -> Iterator[TokenEvent]:
+        """The answer token by token; the last event carries the result.
+
+        Closing the iterator cancels the request. Raises RequestError.
+        """
+        events: queue.SimpleQueue[TokenEvent | None] = queue.SimpleQueue()
+        if request.parameters.num_beams > 1:
+            raise RequestError(
+                "a stream needs num_beams 1 (beams change their beginnings), got "
+                f"{request.parameters.num_beams}"
+            )
+        generation = self._generation(request, on_event=events.put)
+        generation.future.add_done_callback(lambda _: events.put(None))
+        self._batcher.submit([generation])
+        return _stream(events, generation.future)
+
+    def submit(self, requests: Sequence[GenerationRequest]) -> list[Future[GenerationResult]]:
+        """Queue requests without waiting; cancelling a future frees its row at the next step.
+
+        Raises RequestError, and then none was queued; one that is to blame is named by its index.
+        """
+        generations = []
+        for index, request in enumerate(requests):
+            try:
+                generations.append(self._generation(request))
+            except RequestError as error:
+                raise (error if len(requests) == 1 else error.at(f"inputs[{index}]")) from None
+        self._batcher.submit(generations)
+        return [generation.future for generation in generations]
+
+    def close(self) -> None:
+        """Finish what runs, refuse what waits, free the engine."""
+        self._batcher.close()
+
+    def _generation(
+        self,
+        request: GenerationRequest,
+        on_event: Callable[[TokenEvent], None] | None = None,
+    ) -> Generation:
+        parameters = request.parameters
+        check_limits(parameters, self.limits)
+        honoured = self._supported | {"stream"} if on_event else self._supported
+        for name in parameters_in_use(parameters):
+            if name not in honoured:
+                raise RequestError(
+                    f"parameter {name!r} is not supported by backend {self.backend}; leave it out"
+                )
+        ids = self.tokenizer.encode(request.input)
+        kept = self._truncated(ids, parameters.truncate)
+        return Generation(
+            request, kept, self.tokenizer, truncated=len(kept) < len(ids), on_event=on_event
+        )
+
+    def _truncated(self, ids: list[int], truncate: bool | int) -> list[int]:
+        """``ids`` cut to the limit where the request allows it, its closing token kept."""
+        limit = self.limits.max_input_tokens
+        if truncate is not True and truncate is not False:
+            limit = truncate
+        if len(ids) <= limit:
+            return ids
+        if truncate is False:
+            raise RequestError(
+                f"the input has {len(ids)} tokens, allowed are {limit} (option.max_input_tokens); "
+                "shorten it or send the parameter truncate"
+            )
+        return [*ids[: limit - 1], ids[-1]]
+
+
+def _stream(
+    events: queue.SimpleQueue[TokenEvent | None], future: Future[GenerationResult]
+) -> Iterator[TokenEvent]:
+    try:
+        while True:
+            event = events.get()
+            if event is None:  # ended without a last token: failed or cancelled
+                future.result()
+                return
+            yield event
+            if event.result is not None:
+                return
+    finally:
+        future.cancel()

@@ -1,0 +1,464 @@
+"""The table of generation parameters: names, aliases, ranges, defaults, meanings.
+
+Everything that knows a parameter (parsing, errors, documentation) reads it from here. To add one,
+add a field to GenerationParameters and name it in ``supported_parameters`` of the engines that
+honour it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Union
+
+from handler.errors import RequestError, nearest, shown
+
+MAX_SEED = 2**64 - 1
+# Below this temperature the softmax puts all its weight on the best token in fp32.
+GREEDY_TEMPERATURE = 1e-5
+
+StopSequence = Union[str, "tuple[int, ...]"]
+
+
+class _Refused(ValueError):
+    """What a check says of a value: how the sentence "parameter 'x' must be ..." goes on."""
+
+
+def _integer(lowest: int, highest: int = 2**31 - 1) -> Callable[[Any], int]:
+    def check(value: Any) -> int:
+        # 20.0 is the integer 20 in JSON; true is not the integer 1
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        if isinstance(value, bool) or not whole or not lowest <= value <= highest:
+            raise _Refused(f"an integer from {lowest} to {highest}")
+        return int(value)
+
+    return check
+
+
+def _number(lowest: float, highest: float, allowed: str) -> Callable[[Any], float]:
+    def check(value: Any) -> float:
+        # an int of hundreds of digits overflows float(), so compare before converting
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise _Refused(allowed)
+        if not lowest <= value <= highest or not math.isfinite(value):
+            raise _Refused(allowed)
+        return float(value)
+
+    return check
+
+
+def _boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _Refused("true or false")
+    return value
+
+
+def _early_stopping(value: Any) -> bool | str:
+    if not isinstance(value, bool) and value != "never":
+        raise _Refused('true, false or "never"')
+    return value  # type: ignore[no-any-return]
+
+
+def _truncate(value: Any) -> bool | int:
+    if isinstance(value, bool):
+        return value
+    try:
+        return _integer(1)(value)
+    except _Refused:
+        raise _Refused("true, false or the most input tokens to keep (an integer >= 1)") from None
+
+
+def _sequences(value: Any) -> tuple[StopSequence, ...]:
+    """A string, strings, or FasterTransformer's pair of arrays [ids, end offsets padded with -1].
+
+    A tuple is what this function returns: strings, and tuples of ids.
+    """
+    if isinstance(value, tuple):
+        return value
+    allowed = "a string, a list of strings, or FasterTransformer's [token ids, end offsets]"
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list):
+        raise _Refused(allowed)
+    if len(value) == 1 and isinstance(value[0], list):  # its batch axis
+        value = value[0]
+    if all(isinstance(item, str) for item in value):
+        if not all(value):
+            raise _Refused(f"{allowed}; an empty string is none")
+        return tuple(value)
+    try:
+        return _word_list(value)
+    except ValueError:
+        raise _Refused(allowed) from None
+
+
+def _integers(value: Any) -> list[int]:
+    if not isinstance(value, list) or not all(type(item) is int for item in value):
+        raise ValueError("not an array of integers")
+    return value
+
+
+def _word_list(value: list[Any]) -> tuple[StopSequence, ...]:
+    """Decode FasterTransformer's word list: [[1, 2, 3, 0], [2, 3, -1, -1]] is (1, 2) and (3,)."""
+    ids, offsets = map(_integers, value)
+    if len(ids) != len(offsets):
+        raise ValueError("not a pair of equally long arrays")
+    words: list[tuple[int, ...]] = []
+    start = 0
+    for end in (offset for offset in offsets if offset != -1):
+        if not start < end <= len(ids) or min(ids[start:end]) < 0:
+            raise ValueError("offsets do not rise")
+        words.append(tuple(ids[start:end]))
+        start = end
+    return tuple(words)
+
+
+def _parameter(
+    default: Any,
+    check: Callable[[Any], Any],
+    meaning: str,
+    *,
+    allowed: str,
+    example: Any,
+    aliases: tuple[str, ...] = (),
+) -> Any:
+    metadata = {
+        "check": check,
+        "meaning": meaning,
+        "allowed": allowed,
+        "example": example,
+        "aliases": aliases,
+    }
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class GenerationParameters:
+    """How one prompt is to be continued; every value is checked, whoever makes one.
+
+    Raises RequestError naming the parameter, the value seen and what is allowed.
+    """
+
+    max_new_tokens: int = _parameter(
+        200,
+        _integer(1),
+        "Most tokens generated. Also under the name max_length: the prompt never counts.",
+        allowed="1 to option.max_output_tokens",
+        example=64,
+        aliases=("max_seq_len", "max_length", "max_tokens"),
+    )
+    min_new_tokens: int = _parameter(
+        0,
+        _integer(0),
+        "The end of the text is not chosen before this many tokens.",
+        allowed="0 to max_new_tokens",
+        example=5,
+        aliases=("min_length",),
+    )
+    do_sample: bool = _parameter(
+        False,
+        _boolean,
+        "Draw tokens at random instead of taking the best one. True when not given but "
+        "temperature, top_k > 1, top_p or typical_p is.",
+        allowed="true, false",
+        example=True,
+    )
+    temperature: float = _parameter(
+        1.0,
+        _number(0.0, 1e6, "a number from 0 to 1000000"),
+        "Divides the logits before sampling; 0 (and anything below 1e-5) is greedy.",
+        allowed="0 to 1000000",
+        example=0.7,
+    )
+    top_k: int = _parameter(
+        0,
+        _integer(0),
+        "Sample among the k best tokens only; 0 is off.",
+        allowed=">= 0",
+        example=50,
+        aliases=("runtime_top_k",),
+    )
+    top_p: float = _parameter(
+        0.0,
+        _number(0.0, 1.0, "a number from 0 to 1"),
+        "Sample among the fewest best tokens whose probabilities reach p; 0 and 1 are off.",
+        allowed="0 to 1",
+        example=0.9,
+        aliases=("runtime_top_p",),
+    )
+    typical_p: float = _parameter(
+        0.0,
+        _number(0.0, 1.0, "a number from 0 to 1"),
+        "Locally typical sampling with mass p; 0 and 1 are off.",
+        allowed="0 to 1",
+        example=0.95,
+    )
+    num_beams: int = _parameter(
+        1,
+        _integer(1),
+        "Beam search with this many beams; 1 is off.",
+        allowed="1 to option.max_rows",
+        example=4,
+        aliases=("beam_width",),
+    )
+    length_penalty: float = _parameter(
+        1.0,
+        _number(-100.0, 100.0, "a number from -100 to 100"),
+        "Exponent of the length by which a beam's score is divided; above 0 favours long texts.",
+        allowed="-100 to 100",
+        example=0.6,
+        aliases=("len_penalty",),
+    )
+    early_stopping: bool | str = _parameter(
+        False,
+        _early_stopping,
+        "When beam search ends: true, as soon as num_beams texts are complete; false, when a "
+        'better one is unlikely; "never", when none can come.',
+        allowed='true, false, "never"',
+        example=True,
+    )
+    num_return_sequences: int = _parameter(
+        1,
+        _integer(1),
+        "Texts returned for a prompt.",
+        allowed="1 to option.max_rows; with beams, to num_beams",
+        example=3,
+        aliases=("n", "best_of"),
+    )
+    seed: int | None = _parameter(
+        None,
+        _integer(0, MAX_SEED),
+        "Seed of the random draws: same seed, same text, whatever else is running.",
+        allowed="0 to 2**64 - 1",
+        example=42,
+        aliases=("random_seed",),
+    )
+    repetition_penalty: float = _parameter(
+        1.0,
+        _number(1e-6, 100.0, "a number above 0, to 100"),
+        "Divides positive logits (multiplies negative ones) of tokens already generated; 1 is off.",
+        allowed="above 0, to 100",
+        example=1.2,
+    )
+    presence_penalty: float = _parameter(
+        0.0,
+        _number(-2.0, 2.0, "a number from -2 to 2"),
+        "Subtracted from the logit of every token already generated; 0 is off.",
+        allowed="-2 to 2",
+        example=0.5,
+    )
+    frequency_penalty: float = _parameter(
+        0.0,
+        _number(-2.0, 2.0, "a number from -2 to 2"),
+        "Subtracted from a token's logit once for each time it was generated; 0 is off.",
+        allowed="-2 to 2",
+        example=0.5,
+    )
+    no_repeat_ngram_size: int = _parameter(
+        0,
+        _integer(0),
+        "No sequence of this many tokens is generated twice; 0 is off.",
+        allowed=">= 0",
+        example=3,
+    )
+    stop_sequences: tuple[StopSequence, ...] = _parameter(
+        (),
+        _sequences,
+        "Generation ends where one of these appears; the text is cut before it.",
+        allowed="a string, strings, or FasterTransformer's [token ids, end offsets]",
+        example=["."],
+        aliases=("stop", "stop_words_list"),
+    )
+    bad_words_list: tuple[StopSequence, ...] = _parameter(
+        (),
+        _sequences,
+        "Token sequences that are never generated.",
+        allowed="a string, strings, or FasterTransformer's [token ids, end offsets]",
+        example=["foo"],
+        aliases=("bad_words",),
+    )
+    details: bool = _parameter(
+        False,
+        _boolean,
+        "Answer with the tokens, their log-probabilities and the finish reason, too.",
+        allowed="true, false",
+        example=True,
+    )
+    return_log_probs: bool = _parameter(
+        False,
+        _boolean,
+        "The same as details, under FasterTransformer's names.",
+        allowed="true, false",
+        example=True,
+        aliases=("is_return_output_log_probs", "is_return_cum_log_probs"),
+    )
+    top_n_tokens: int = _parameter(
+        0,
+        _integer(0, 20),
+        "Also tell the n likeliest tokens of every step; 0 is off.",
+        allowed="0 to 20",
+        example=3,
+    )
+    stream: bool = _parameter(
+        False,
+        _boolean,
+        "Send tokens as they come. Also accepted beside inputs.",
+        allowed="true, false",
+        example=True,
+    )
+    return_full_text: bool = _parameter(
+        False,
+        _boolean,
+        "Put the prompt before the generated text.",
+        allowed="true, false",
+        example=True,
+    )
+    truncate: bool | int = _parameter(
+        False,
+        _truncate,
+        "Cut a longer input to option.max_input_tokens (true) or to this many tokens; "
+        "without it a longer input is refused.",
+        allowed="true, false, 1 to option.max_input_tokens",
+        example=True,
+    )
+    ignore_eos_token: bool = _parameter(
+        False,
+        _boolean,
+        "Go on to max_new_tokens: the end of the text is never chosen.",
+        allowed="true, false",
+        example=True,
+    )
+
+    def __post_init__(self) -> None:
+        for name, f in PARAMETERS.items():
+            value = getattr(self, name)
+            if value is not f.default:
+                object.__setattr__(self, name, _checked(name, name, value))
+        _check_together(self)
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn at random."""
+        return self.do_sample and self.temperature >= GREEDY_TEMPERATURE
+
+
+@dataclass(frozen=True)
+class ParameterLimits:
+    """What the deployment allows a request to ask for."""
+
+    max_input_tokens: int = 1024
+    max_output_tokens: int = 512
+    max_rows: int = 64
+
+
+PARAMETERS = {f.name: f for f in fields(GenerationParameters)}
+"""name -> dataclass field; field.metadata has check, meaning, allowed, example, aliases."""
+
+_CANONICAL = {
+    accepted: name for name, f in PARAMETERS.items() for accepted in (name, *f.metadata["aliases"])
+}
+
+
+def parse_parameters(
+    raw: Mapping[str, Any], limits: ParameterLimits = ParameterLimits()
+) -> GenerationParameters:
+    """Check and normalize what a client sent as ``parameters``.
+
+    None stands for absent. Raises RequestError, naming the parameter, the value seen and what is
+    allowed; for an unknown name the nearest known one.
+    """
+    values = _by_canonical_name(raw)
+    if "do_sample" not in values:
+        values["do_sample"] = _implies_sampling(values)
+    values.setdefault(
+        "max_new_tokens", min(GenerationParameters.max_new_tokens, limits.max_output_tokens)
+    )
+    parameters = GenerationParameters(**values)
+    check_limits(parameters, limits)
+    return parameters
+
+
+def random_seed() -> int:
+    """A seed for a request that gives none."""
+    return random.SystemRandom().randrange(MAX_SEED + 1)
+
+
+def _by_canonical_name(raw: Mapping[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    sent_as: dict[str, str] = {}
+    for accepted, value in raw.items():
+        name = _CANONICAL.get(accepted)
+        if name is None:
+            hint = nearest(accepted, _CANONICAL)
+            advice = f"; did you mean {hint!r}?" if hint else f"; known are {', '.join(PARAMETERS)}"
+            raise RequestError(f"unknown parameter {shown(accepted)}{advice}")
+        if value is None:
+            continue
+        checked = _checked(accepted, name, value)
+        if name in values and values[name] != checked:
+            raise RequestError(
+                f"parameters {sent_as[name]!r} and {accepted!r} mean the same and differ: "
+                f"{shown(raw[sent_as[name]])} and {shown(value)}; send one of them"
+            )
+        values[name] = checked
+        sent_as[name] = accepted
+    return values
+
+
+def _checked(accepted: str, name: str, value: Any) -> Any:
+    try:
+        return PARAMETERS[name].metadata["check"](value)
+    except _Refused as refused:
+        raise RequestError(
+            f"parameter {accepted!r} must be {refused}, got {shown(value)}"
+        ) from None
+
+
+def _implies_sampling(values: Mapping[str, Any]) -> bool:
+    return any(
+        (
+            values.get("temperature", 0.0) >= GREEDY_TEMPERATURE,
+            values.get("top_k", 0) > 1,
+            values.get("top_p", 0.0) > 0.0,
+            values.get("typical_p", 0.0) > 0.0,
+        )
+    )
+
+
+def check_limits(p: GenerationParameters, limits: ParameterLimits) -> None:
+    """Raises RequestError where a request asks for more than the deployment allows."""
+    for name, limit, option in (
+        ("max_new_tokens", limits.max_output_tokens, "max_output_tokens"),
+        ("num_beams", limits.max_rows, "max_rows"),
+        ("num_return_sequences", limits.max_rows, "max_rows"),
+        ("truncate", limits.max_input_tokens, "max_input_tokens"),
+    ):
+        value = getattr(p, name)
+        if value > limit:
+            raise RequestError(
+                f"parameter {name!r} must be at most {limit} (option.{option}), got {value}"
+            )
+
+
+def _check_together(p: GenerationParameters) -> None:
+    if p.min_new_tokens > p.max_new_tokens:
+        raise RequestError(
+            f"parameter 'min_new_tokens' must be at most max_new_tokens ({p.max_new_tokens}), "
+            f"got {p.min_new_tokens}"
+        )
+    if p.num_return_sequences > 1 and not p.samples and p.num_return_sequences > p.num_beams:
+        raise RequestError(
+            "parameter 'num_return_sequences' must be at most num_beams "
+            f"({p.num_beams}) unless the request samples, got {p.num_return_sequences}"
+        )
+    if p.stream and p.num_beams > 1:
+        raise RequestError(
+            f"parameter 'stream' must be false with num_beams > 1, got num_beams {p.num_beams}"
+        )
+
+
+def parameters_in_use(parameters: GenerationParameters) -> list[str]:
+    """Names of the parameters whose value differs from the default."""
+    return [name for name, f in PARAMETERS.items() if getattr(parameters, name) != f.default]

@@ -1,0 +1,239 @@
+"""Tokenizers: the checkpoint's own tokenizer.json, spiece.model alone, or ByT5's bytes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from handler.errors import LoadError
+
+_BYT5_SPECIAL = 3  # <pad>, </s>, <unk> come before the bytes
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back. ``encode`` ends with ``</s>``; ``decode`` leaves special tokens out.
+
+    ``size``: ids from 0 to size - 1 have a meaning; a model's vocabulary is padded beyond, and
+    those ids must never be chosen.
+    """
+
+    size: int
+    eos_token_id: int
+    pad_token_id: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Without the closing ``</s>``: ids of a piece of text."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def token(self, token_id: int) -> str:
+        """The token as the vocabulary writes it, ``▁`` and all."""
+        ...
+
+    def detokenizer(self) -> Detokenizer: ...
+
+
+class Detokenizer:
+    """Text of a growing list of ids, piece by piece: the pieces join to the text of the whole.
+
+    A token's text depends on its left neighbours (a leading space; a character of several bytes),
+    so each step decodes from a little before it and takes what is new. What it decodes from must
+    show something: libraries drop blanks at the beginning of a text, and would those within it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._before = 0  # where the context of the next piece begins
+        self._done = 0  # up to where text was given out
+
+    def add(self, token_id: int) -> str:
+        """The text that this token completes; "" while a character is unfinished."""
+        self._ids.append(token_id)
+        known = self._tokenizer.decode(self._ids[self._before : self._done])
+        text = self._tokenizer.decode(self._ids[self._before :])
+        if len(text) <= len(known) or text.endswith("\ufffd"):
+            return ""
+        new = text[len(known) :]
+        if new.strip():
+            self._before = self._done
+        self._done = len(self._ids)
+        return new
+
+
+class _Base:
+    size: int
+    eos_token_id: int
+    pad_token_id: int
+
+    def encode(self, text: str) -> list[int]:
+        return [*self.encode_plain(text), self.eos_token_id]
+
+    def encode_plain(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+    def detokenizer(self: Any) -> Detokenizer:
+        return Detokenizer(self)
+
+
+class JsonTokenizer(_Base):
+    """tokenizer.json, by the tokenizers library."""
+
+    def __init__(self, file: Path, eos_token: str = "</s>", pad_token: str = "<pad>") -> None:
+        from tokenizers import Tokenizer as Library
+
+        try:
+            self._library = Library.from_file(str(file))
+        except Exception as error:  # the library raises bare Exceptions
+            raise LoadError(f"{file} is not a tokenizer.json: {error}") from error
+        self._library.no_truncation()
+        self._library.no_padding()
+        # Some files were saved without the post-processor that appends </s>.
+        self._closes_texts = self._library.num_special_tokens_to_add(is_pair=False) > 0
+        self.size = self._library.get_vocab_size(with_added_tokens=True)
+        self.eos_token_id = self._id_of(eos_token, file)
+        self.pad_token_id = self._id_of(pad_token, file)
+
+    def _id_of(self, token: str, file: Path) -> int:
+        token_id = self._library.token_to_id(token)
+        if token_id is None:
+            raise LoadError(f"{file} has no token {token!r}")
+        return int(token_id)
+
+    def encode(self, text: str) -> list[int]:
+        ids = list(self._library.encode(text).ids)
+        return ids if self._closes_texts else [*ids, self.eos_token_id]
+
+    def encode_plain(self, text: str) -> list[int]:
+        return list(self._library.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._library.decode(list(ids), skip_special_tokens=True))
+
+    def token(self, token_id: int) -> str:
+        return self._library.id_to_token(token_id) or ""
+
+
+class SentencePieceTokenizer(_Base):
+    """spiece.model alone, by the sentencepiece library, with T5's ``<extra_id_n>`` on top."""
+
+    def __init__(self, file: Path, extra_ids: int | None, vocab_size: int) -> None:
+        import sentencepiece
+
+        try:
+            self._library = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        except (OSError, RuntimeError) as error:
+            raise LoadError(f"{file} is not a sentencepiece model: {error}") from error
+        pieces = self._library.get_piece_size()
+        if extra_ids is None:  # T5 has 100 besides its pieces, mT5 none
+            extra_ids = 100 if pieces + 100 <= vocab_size else 0
+        self.size = pieces + extra_ids
+        self.eos_token_id = self._library.eos_id()
+        self.pad_token_id = max(self._library.pad_id(), 0)
+        # T5 counts them down from the end: <extra_id_0> is the last id.
+        self._added = {f"<extra_id_{n}>": self.size - 1 - n for n in range(extra_ids)}
+        self._special = {
+            self._library.id_to_piece(i): i
+            for i in {self.pad_token_id, self.eos_token_id, self._library.unk_id()}
+        }
+        names = sorted([*self._special, *self._added], key=len, reverse=True)
+        self._split = re.compile("(" + "|".join(map(re.escape, names)) + ")")
+        self._names = {i: name for name, i in {**self._special, **self._added}.items()}
+
+    def encode_plain(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for part in self._split.split(text):
+            token_id = self._special.get(part, self._added.get(part))
+            ids.extend(self._library.encode(part) if token_id is None else [token_id])
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._library.decode([i for i in ids if i not in self._names]))
+
+    def token(self, token_id: int) -> str:
+        if token_id in self._names:
+            return self._names[token_id]
+        return str(self._library.id_to_piece(token_id)) if token_id < self.size else ""
+
+
+class ByteTokenizer(_Base):
+    """ByT5's: a byte b of the UTF-8 text is the id b + 3; ``<extra_id_n>`` come after the bytes."""
+
+    eos_token_id = 1
+    pad_token_id = 0
+
+    def __init__(self, extra_ids: int = 125) -> None:
+        self.size = _BYT5_SPECIAL + 256 + extra_ids
+        self._special = {"<pad>": 0, "</s>": 1, "<unk>": 2}
+        self._special.update({f"<extra_id_{n}>": _BYT5_SPECIAL + 256 + n for n in range(extra_ids)})
+        names = sorted(self._special, key=len, reverse=True)
+        self._split = re.compile("(" + "|".join(map(re.escape, names)) + ")")
+        self._names = {i: name for name, i in self._special.items()}
+
+    def encode_plain(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for part in self._split.split(text):
+            special = self._special.get(part)
+            ids.extend(
+                [byte + _BYT5_SPECIAL for byte in part.encode()] if special is None else [special]
+            )
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        data = bytes(i - _BYT5_SPECIAL for i in ids if i not in self._names and i < self.size)
+        return data.decode("utf-8", errors="ignore")
+
+    def token(self, token_id: int) -> str:
+        name = self._names.get(token_id)
+        if name is not None:
+            return name
+        byte = token_id - _BYT5_SPECIAL
+        return bytes([byte]).decode("latin-1") if 0 <= byte < 256 else ""
+
+
+def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer that lies in a checkpoint folder. Raises LoadError where none does.
+
+    ``vocab_size`` is the model's, padding included.
+    """
+    settings = _settings(folder / "tokenizer_config.json")
+    if (folder / "tokenizer.json").is_file():
+        return JsonTokenizer(
+            folder / "tokenizer.json",
+            eos_token=_token_text(settings.get("eos_token"), "</s>"),
+            pad_token=_token_text(settings.get("pad_token"), "<pad>"),
+        )
+    if (folder / "spiece.model").is_file():
+        return SentencePieceTokenizer(
+            folder / "spiece.model", settings.get("extra_ids"), vocab_size
+        )
+    if str(settings.get("tokenizer_class", "")).startswith("ByT5"):
+        return ByteTokenizer(settings.get("extra_ids", 125))
+    raise LoadError(
+        f"{folder} has no tokenizer: expected tokenizer.json, spiece.model, or a "
+        "tokenizer_config.json that names ByT5Tokenizer"
+    )
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LoadError(f"{file} is not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise LoadError(f"{file} is not a JSON object")
+    return settings
+
+
+def _token_text(value: Any, default: str) -> str:
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else default

@@ -1,0 +1,194 @@
+"""Who runs with whom, what a failing engine does, and what a full queue does."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+
+from handler.batcher import Batcher
+from handler.errors import RequestError
+from handler.generation import Generation, GenerationRequest
+from handler.parameters import GenerationParameters
+from handler.tokenizer import ByteTokenizer
+
+TOKENIZER = ByteTokenizer()
+WAIT = 10
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch.cuda names its own."""
+
+
+class GatedEngine:
+    """Answers a prompt with itself, each batch when told to."""
+
+    name = "gated"
+    tokenizer = TOKENIZER
+    max_rows = 4
+    supported_parameters = frozenset({"max_new_tokens", "temperature", "do_sample", "num_beams"})
+
+    def __init__(self, failure: BaseException | None = None) -> None:
+        self.gate = threading.Semaphore(0)
+        self.started = threading.Semaphore(0)
+        self.batches: list[list[str]] = []
+        self.closed = False
+        self._failure = failure
+
+    def batch_key(self, parameters: GenerationParameters) -> Hashable | None:
+        return None if parameters.samples else parameters.max_new_tokens
+
+    def generate(self, batch: Sequence[Generation]) -> None:
+        self.batches.append([TOKENIZER.decode(g.prompt_ids) for g in batch])
+        self.started.release()
+        assert self.gate.acquire(timeout=WAIT)
+        if self._failure is not None:
+            raise self._failure
+        for generation in batch:
+            for token_id in generation.prompt_ids:
+                if generation.done or generation.append(token_id, 0.0):
+                    break
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def generation(text: str, **parameters: object) -> Generation:
+    request = GenerationRequest(text, GenerationParameters(**parameters))  # type: ignore[arg-type]
+    return Generation(request, TOKENIZER.encode(text), TOKENIZER)
+
+
+@contextmanager
+def batcher_of(engine: GatedEngine, max_queue: int = 100) -> Iterator[Batcher]:
+    batcher = Batcher(engine, max_queue)
+    try:
+        yield batcher
+    finally:
+        for _ in range(100):
+            engine.gate.release()
+        batcher.close()
+    assert engine.closed
+
+
+def occupied(engine: GatedEngine, batcher: Batcher) -> Generation:
+    """Let a first request run, so that what comes next waits."""
+    first = generation("first")
+    batcher.submit([first])
+    assert engine.started.acquire(timeout=WAIT)
+    return first
+
+
+def test_equal_requests_run_together_in_their_order_up_to_max_rows() -> None:
+    engine = GatedEngine()
+    with batcher_of(engine) as batcher:
+        occupied(engine, batcher)
+        waiting = [generation(text) for text in "abcdef"]
+        batcher.submit([waiting[0], generation("other", max_new_tokens=7), *waiting[1:]])
+        for _ in range(100):
+            engine.gate.release()
+        assert [g.future.result(WAIT).text for g in waiting] == list("abcdef")
+    assert engine.batches == [["first"], list("abcd"), ["other"], ["e", "f"]]
+
+
+def test_what_has_no_key_runs_alone() -> None:
+    engine = GatedEngine()
+    with batcher_of(engine) as batcher:
+        occupied(engine, batcher)
+        batcher.submit([generation(text, do_sample=True) for text in "ab"])
+    assert ["a", "b"] not in engine.batches
+
+
+def test_beams_count_as_rows() -> None:
+    engine = GatedEngine()
+    with batcher_of(engine) as batcher:
+        occupied(engine, batcher)
+        waiting = [generation(text, num_beams=2) for text in "abc"]
+        batcher.submit(waiting)
+        for _ in range(100):
+            engine.gate.release()
+        [g.future.result(WAIT) for g in waiting]
+    assert engine.batches[1:] == [["a", "b"], ["c"]]
+
+
+def test_a_cancelled_request_never_runs() -> None:
+    engine = GatedEngine()
+    with batcher_of(engine) as batcher:
+        occupied(engine, batcher)
+        kept, dropped = generation("kept"), generation("dropped")
+        batcher.submit([dropped, kept])
+        dropped.future.cancel()
+        for _ in range(100):
+            engine.gate.release()
+        assert kept.future.result(WAIT).text == "kept"
+    assert engine.batches == [["first"], ["kept"]]
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "words"),
+    [
+        (RuntimeError("boom\nline"), 424, "the engine failed: RuntimeError: boom line"),
+        (MemoryError("big"), 507, "option.max_rows"),
+        (OutOfMemoryError("CUDA"), 507, "option.max_rows"),
+        (RequestError("too odd", 400), 400, "too odd"),
+        (SystemExit(3), 424, "SystemExit"),
+    ],
+)
+def test_a_failing_engine_fails_its_batch_and_serves_on(
+    failure: BaseException, code: int, words: str
+) -> None:
+    engine = GatedEngine(failure)
+    with batcher_of(engine) as batcher:
+        first = occupied(engine, batcher)
+        engine.gate.release()
+        error = first.future.exception(WAIT)
+        assert isinstance(error, RequestError)
+        assert error.code == code
+        assert words in str(error)
+        engine._failure = None
+        after = generation("after")
+        batcher.submit([after])
+        engine.gate.release()
+        assert after.future.result(WAIT).text == "after"
+
+
+def test_a_full_queue_refuses_all_of_a_request() -> None:
+    engine = GatedEngine()
+    with batcher_of(engine, max_queue=3) as batcher:
+        occupied(engine, batcher)
+        waiting = [generation(text) for text in "ab"]
+        batcher.submit(waiting)
+        with pytest.raises(RequestError, match="2 prompts wait already") as caught:
+            batcher.submit([generation("c"), generation("d")])
+        assert caught.value.code == 503
+        assert batcher.waiting == 2
+        waiting[0].future.cancel()  # its place is free at once
+        batcher.submit([generation("c"), generation("d")])
+
+
+def test_a_request_that_never_fits_is_bad() -> None:
+    engine = GatedEngine()
+    with batcher_of(engine, max_queue=3) as batcher:
+        with pytest.raises(
+            RequestError, match=r"4 inputs .*allowed are 3 \(option.max_queue\)"
+        ) as e:
+            batcher.submit([generation(text) for text in "abcd"])
+        assert e.value.code == 400
+
+
+def test_closing_finishes_what_runs_and_fails_what_waits() -> None:
+    engine = GatedEngine()
+    batcher = Batcher(engine, 10)
+    running, waiting = occupied(engine, batcher), generation("waiting")
+    batcher.submit([waiting])
+    closing = threading.Thread(target=batcher.close)
+    closing.start()
+    engine.gate.release()
+    closing.join(WAIT)
+    assert running.future.result(0).text == "first"
+    error = waiting.future.exception(0)
+    assert isinstance(error, RequestError)
+    assert error.code == 503
+    with pytest.raises(RequestError, match="being unloaded"):
+        batcher.submit([generation("late")])

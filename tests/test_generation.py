@@ -1,0 +1,107 @@
+"""The rules that end a generation, and what a stream gives out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from handler.generation import Generation, GenerationRequest, GenerationResult, TokenEvent
+from handler.parameters import GenerationParameters
+from handler.tokenizer import ByteTokenizer
+
+TOKENIZER = ByteTokenizer()
+EOS = TOKENIZER.eos_token_id
+
+
+def run(
+    text: str | Sequence[int], parameters: GenerationParameters, end: bool = True
+) -> tuple[Generation, list[TokenEvent]]:
+    """Append the bytes of ``text`` and ``</s>`` until the generation says it is done."""
+    events: list[TokenEvent] = []
+    request = GenerationRequest("x", parameters)
+    generation = Generation(request, [3, EOS], TOKENIZER, on_event=events.append)
+    ids = TOKENIZER.encode_plain(text) if isinstance(text, str) else list(text)
+    for token_id in [*ids, EOS] if end else ids:
+        if generation.append(token_id, -0.5):
+            break
+    return generation, events
+
+
+def result_of(text: str, **parameters: object) -> GenerationResult:
+    generation, _ = run(text, GenerationParameters(**parameters))  # type: ignore[arg-type]
+    return generation.future.result(timeout=0)
+
+
+def test_the_end_of_the_text() -> None:
+    result = result_of("abc")
+    assert (result.text, result.finish_reason) == ("abc", "eos_token")
+    assert result.token_ids == (*TOKENIZER.encode_plain("abc"), EOS)
+    assert result.log_probs == (-0.5,) * 4
+    assert result.input_tokens == 2
+
+
+def test_length() -> None:
+    result = result_of("abcdef", max_new_tokens=3)
+    assert (result.text, result.finish_reason, len(result.token_ids)) == ("abc", "length", 3)
+
+
+def test_ignore_eos_token_goes_on() -> None:
+    generation, _ = run("a", GenerationParameters(ignore_eos_token=True))
+    assert not generation.done
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        ("b", "a"),
+        ("cd", "ab"),
+        (["x", "e"], "abcd"),
+        ("é", "abcdef"),
+        ("a", ""),
+        ("abcdefé", ""),
+        (["bcd", "c"], "ab"),
+    ],
+)
+def test_a_stop_sequence_is_cut_off(stop: object, text: str) -> None:
+    result = result_of("abcdefé", stop_sequences=stop)
+    assert (result.text, result.finish_reason) == (text, "stop_sequence")
+
+
+def test_a_stop_sequence_of_ids_is_cut_off() -> None:
+    ids = TOKENIZER.encode_plain("cd")
+    result = result_of("abcdef", stop_sequences=[ids, [2, -1]])
+    assert (result.text, result.finish_reason) == ("ab", "stop_sequence")
+
+
+def test_without_the_stop_sequence_nothing_is_cut() -> None:
+    result = result_of("abcab", stop_sequences="abd")
+    assert (result.text, result.finish_reason) == ("abcab", "eos_token")
+
+
+@given(st.text(max_size=20), st.lists(st.text(min_size=1, max_size=4), max_size=3))
+def test_a_stream_joins_to_the_text_and_never_takes_back(text: str, stops: list[str]) -> None:
+    generation, events = run(text, GenerationParameters(stop_sequences=stops))  # type: ignore[arg-type]
+    result = generation.future.result(timeout=0)
+    assert "".join(event.text for event in events) == result.text
+    assert events[-1].result == result
+    assert [event.token_id for event in events] == list(result.token_ids)
+    assert not any(stop in result.text for stop in stops)
+
+
+@given(st.lists(st.integers(3, 258), max_size=30))
+def test_a_stream_of_any_bytes_joins_to_the_text(ids: list[int]) -> None:
+    generation, events = run(ids, GenerationParameters())
+    assert "".join(e.text for e in events) == generation.future.result(timeout=0).text
+
+
+def test_a_cancelled_generation_is_done() -> None:
+    generation, _ = run("abc", GenerationParameters(), end=False)
+    assert not generation.done
+    assert generation.future.cancel()
+    assert generation.done
+    generation.append(EOS, 0.0)
+    generation.fail(RuntimeError())
+    assert generation.future.cancelled()

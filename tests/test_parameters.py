@@ -1,0 +1,142 @@
+"""The parameter table: names, aliases, ranges, defaults, what they imply for each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from handler.errors import RequestError
+from handler.parameters import (
+    PARAMETERS,
+    GenerationParameters,
+    ParameterLimits,
+    parameters_in_use,
+    parse_parameters,
+)
+
+ALIASES = {
+    "max_seq_len": "max_new_tokens",
+    "max_length": "max_new_tokens",
+    "max_tokens": "max_new_tokens",
+    "min_length": "min_new_tokens",
+    "runtime_top_k": "top_k",
+    "runtime_top_p": "top_p",
+    "beam_width": "num_beams",
+    "len_penalty": "length_penalty",
+    "n": "num_return_sequences",
+    "best_of": "num_return_sequences",
+    "random_seed": "seed",
+    "stop": "stop_sequences",
+    "stop_words_list": "stop_sequences",
+    "bad_words": "bad_words_list",
+    "is_return_output_log_probs": "return_log_probs",
+    "is_return_cum_log_probs": "return_log_probs",
+}
+
+
+@pytest.mark.parametrize(("alias", "name"), ALIASES.items())
+def test_an_alias_means_its_parameter(alias: str, name: str) -> None:
+    example = PARAMETERS[name].metadata["example"]
+    others = {"do_sample": True} if name == "num_return_sequences" else {}
+    assert parse_parameters({alias: example, **others}) == parse_parameters(
+        {name: example, **others}
+    )
+
+
+def test_the_table_has_no_other_aliases() -> None:
+    assert set(ALIASES) == {a for f in PARAMETERS.values() for a in f.metadata["aliases"]}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_example_of_the_table_is_accepted_and_is_no_default(name: str) -> None:
+    example = PARAMETERS[name].metadata["example"]
+    others = {"do_sample": True} if name == "num_return_sequences" else {}
+    assert name in parameters_in_use(parse_parameters({name: example, **others}))
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_null_is_absent(name: str) -> None:
+    assert parse_parameters({name: None}) == GenerationParameters()
+
+
+@pytest.mark.parametrize(
+    ("sent", "samples"),
+    [
+        ({}, False),
+        ({"temperature": 0.7}, True),
+        ({"temperature": 1.0}, True),
+        ({"temperature": 0}, False),
+        ({"temperature": 1e-6}, False),
+        ({"temperature": 0, "do_sample": True}, False),
+        ({"temperature": 0.7, "do_sample": False}, False),
+        ({"top_k": 1}, False),
+        ({"top_k": 2}, True),
+        ({"top_p": 0.0}, False),
+        ({"top_p": 0.9}, True),
+        ({"typical_p": 0.9}, True),
+        ({"do_sample": True}, True),
+        ({"seed": 3}, False),
+    ],
+)
+def test_what_makes_a_request_sample(sent: dict[str, Any], samples: bool) -> None:
+    assert parse_parameters(sent).samples is samples
+
+
+def test_a_whole_float_is_an_integer() -> None:
+    assert parse_parameters({"max_new_tokens": 20.0}).max_new_tokens == 20
+
+
+def test_equal_values_under_two_names_are_no_conflict() -> None:
+    assert parse_parameters({"max_length": 9, "max_tokens": 9}).max_new_tokens == 9
+
+
+def test_the_default_length_keeps_to_the_deployments_limit() -> None:
+    assert parse_parameters({}, ParameterLimits(max_output_tokens=50)).max_new_tokens == 50
+
+
+@pytest.mark.parametrize(
+    ("sent", "parsed"),
+    [
+        ("a", ("a",)),
+        (["a", "b"], ("a", "b")),
+        ([], ()),
+        ([[1, 2, 3, 0], [2, 3, -1, -1]], ((1, 2), (3,))),
+        ([[[1, 2, 3], [3, -1, -1]]], ((1, 2, 3),)),
+    ],
+)
+def test_stop_sequences_take_strings_and_fastertransformers_arrays(
+    sent: Any, parsed: tuple[Any, ...]
+) -> None:
+    assert parse_parameters({"stop_words_list": sent}).stop_sequences == parsed
+
+
+def test_values_made_in_python_are_checked_too() -> None:
+    with pytest.raises(RequestError, match="'temperature' must be a number from 0"):
+        GenerationParameters(temperature=float("nan"))
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=2),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.sampled_from([*PARAMETERS, *ALIASES]) | st.text(), JSON_VALUES))
+def test_anything_sent_is_either_understood_or_refused_in_one_line(sent: dict[str, Any]) -> None:
+    refused = _refusal(sent)
+    if refused is not None:
+        assert refused.code == 400
+        assert str(refused).isprintable()
+        assert str(refused).isascii()
+
+
+def _refusal(sent: dict[str, Any]) -> RequestError | None:
+    try:
+        hash(parse_parameters(sent))
+    except RequestError as error:
+        return error
+    return None

@@ -34,6 +34,18 @@ class LoadError(ValueError):
         super().__init__(one_line(message))
 
 
+def as_request_error(error: BaseException) -> RequestError:
+    """What a request is told when its engine raised ``error``."""
+    if isinstance(error, RequestError):
+        return error
+    # torch.cuda.OutOfMemoryError by name: torch need not be there
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return RequestError(
+            f"out of memory: {error}; lower option.max_rows or option.max_input_tokens", 507
+        )
+    return RequestError(f"the engine failed: {type(error).__name__}: {error}", 424)
+
+
 def one_line(text: str) -> str:
     """``text`` as one line of printable ASCII; everything else is escaped."""
     escaped = " ".join(text.split()).encode("ascii", "backslashreplace").decode("ascii")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from handler.batcher import Batcher
 from handler.errors import RequestError
 from handler.generation import Generation, GenerationRequest, GenerationResult, TokenEvent
 from handler.parameters import (
@@ -18,36 +17,43 @@ from handler.parameters import (
 )
 from handler.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from handler.engines.protocol import BatchEngine
+
+class Runner(Protocol):
+    """What brings generations to an engine: the scheduler, or the batcher."""
+
+    supported_parameters: frozenset[str]
+
+    @property
+    def waiting(self) -> int: ...
+
+    @property
+    def running(self) -> int: ...
+
+    def submit(self, generations: Sequence[Generation]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Model:
     """A loaded model. Made by ``init_inference``; every method may be called from any thread."""
 
     def __init__(
-        self,
-        engine: BatchEngine,
-        *,
-        max_input_tokens: int,
-        max_output_tokens: int,
-        max_queue: int,
+        self, runner: Runner, *, backend: str, tokenizer: Tokenizer, limits: ParameterLimits
     ) -> None:
-        self.limits = ParameterLimits(max_input_tokens, max_output_tokens, engine.max_rows)
-        self.backend = engine.name
-        self.tokenizer: Tokenizer = engine.tokenizer
-        self._supported = engine.supported_parameters
-        self._batcher = Batcher(engine, max_queue)
+        self.backend = backend
+        self.tokenizer = tokenizer
+        self.limits = limits
+        self._runner = runner
 
     @property
     def waiting(self) -> int:
         """Prompts that wait for a row."""
-        return self._batcher.waiting
+        return self._runner.waiting
 
     @property
     def running(self) -> int:
         """Prompts that are being answered."""
-        return self._batcher.running
+        return self._runner.running
 
     def pipeline_generate(self, inputs: list[str], **parameters: Any) -> list[str]:
         """Answer texts with one set of parameters, as FasterTransformer's method of this name.
@@ -80,7 +86,7 @@ class Model:
             )
         generation = self._generation(request, on_event=events.put)
         generation.future.add_done_callback(lambda _: events.put(None))
-        self._batcher.submit([generation])
+        self._runner.submit([generation])
         return _stream(events, generation.future)
 
     def submit(self, requests: Sequence[GenerationRequest]) -> list[Future[GenerationResult]]:
@@ -94,12 +100,12 @@ class Model:
                 generations.append(self._generation(request))
             except RequestError as error:
                 raise (error if len(requests) == 1 else error.at(f"inputs[{index}]")) from None
-        self._batcher.submit(generations)
+        self._runner.submit(generations)
         return [generation.future for generation in generations]
 
     def close(self) -> None:
         """Finish what runs, refuse what waits, free the engine."""
-        self._batcher.close()
+        self._runner.close()
 
     def _generation(
         self,
@@ -108,11 +114,12 @@ class Model:
     ) -> Generation:
         parameters = request.parameters
         check_limits(parameters, self.limits)
-        honoured = self._supported | {"stream"} if on_event else self._supported
+        honoured = self._runner.supported_parameters | ({"stream"} if on_event else set())
         for name in parameters_in_use(parameters):
             if name not in honoured:
                 raise RequestError(
-                    f"parameter {name!r} is not supported by backend {self.backend}; leave it out"
+                    f"parameter {name!r} is not supported by backend {self.backend}; leave it out "
+                    "or choose a backend that has it (option.backend)"
                 )
         ids = self.tokenizer.encode(request.input)
         kept = self._truncated(ids, parameters.truncate)

@@ -1,6 +1,7 @@
 """Checkpoints with random weights in the forms of the T5 family, with the demo's tokenizer.
 
 Wide weights: with the library's own initialization every prompt gives the same token for ever.
+``</s>`` is likelier than the rest, so that texts of different lengths meet in a batch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-VOCAB_SIZE = 512
+VOCAB_SIZE = 640
 BYTES_VOCAB_SIZE = 384
 
 _COMMON: dict[str, Any] = {
@@ -95,9 +96,12 @@ def _weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
         shapes = {"q": (inner, d), "k": (inner, d), "v": (inner, d), "o": (d, inner)}
         return {f"{place}.{name}.weight": wide(*shape) for name, shape in shapes.items()}
 
-    weights = {"shared.weight": wide(config["vocab_size"], d, scale=d**0.5)}
-    if not config["tie_word_embeddings"]:
+    tied = config["tie_word_embeddings"]
+    # tied and of full size, a token's own embedding would outweigh the layers: it repeats itself
+    weights = {"shared.weight": wide(config["vocab_size"], d, scale=(0.1 if tied else 1) * d**0.5)}
+    if not tied:
         weights["lm_head.weight"] = wide(config["vocab_size"], d, scale=4.0)
+    weights["shared.weight" if tied else "lm_head.weight"][config["eos_token_id"]] *= 2
     for stack, layers in (("encoder", "num_layers"), ("decoder", "num_decoder_layers")):
         for i in range(config[layers]):
             place = f"{stack}.block.{i}.layer"

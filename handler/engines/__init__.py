@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+from pathlib import Path
 from typing import Any
 
+from handler.batcher import Batcher
+from handler.checkpoints.architecture import T5_FAMILY
 from handler.checkpoints.find import find_checkpoint, model_config
+from handler.checkpoints.read import has_safetensors
 from handler.config import Configuration, Degree, configuration_of
 from handler.errors import LoadError
 from handler.inference import Model
+from handler.machine import gpu_is_there
+from handler.parameters import ParameterLimits
+from handler.scheduler import Scheduler
 
 __all__ = ["Model", "init_inference", "load_model"]
 
@@ -46,25 +54,57 @@ def init_inference(
 def load_model(configuration: Configuration) -> Model:
     """Load the model that the configuration describes. Raises LoadError."""
     folder = find_checkpoint(configuration)
-    backend, reason = _choose_backend(configuration, model_config(folder)["model_type"])
+    backend, reason = choose_backend(configuration, folder)
     logger.info("backend %s: %s", backend, reason)
-    from handler.engines import hf_generate
+    load = _with_scheduler if backend == "onnxruntime" else _with_batcher
+    return load(backend, folder, configuration)
 
-    engine = hf_generate.load(folder, configuration)
+
+def choose_backend(c: Configuration, folder: Path) -> tuple[str, str]:
+    """(backend, why). Raises LoadError."""
+    if c.backend in ("onnxruntime", "transformers"):
+        return c.backend, "option.backend"
+    if c.backend != "auto":
+        raise LoadError(
+            f"option.backend={c.backend} is not in this version, allowed are auto, onnxruntime "
+            "and transformers"
+        )
+    model_type = model_config(folder)["model_type"]
+    if model_type not in T5_FAMILY:
+        return "transformers", f"model type {model_type} is not of the T5 family"
+    if c.dtype in ("fp16", "bf16"):
+        return "transformers", f"option.dtype={c.dtype}"
+    if c.device_id != -1 and gpu_is_there():
+        return "transformers", "there is a GPU"
+    if not has_safetensors(folder):
+        return "transformers", "the weights are not safetensors"
+    missing = [name for name in ("onnx", "onnxruntime") if not importlib.util.find_spec(name)]
+    if missing:
+        return "transformers", f"the package {missing[0]} is not installed"
+    return "onnxruntime", f"model type {model_type} on a CPU"
+
+
+def _with_scheduler(backend: str, folder: Path, c: Configuration) -> Model:
+    """Engines that run single steps."""
+    from handler.engines import onnx_t5
+
+    engine = onnx_t5.load(folder, c)
     return Model(
-        engine,
-        max_input_tokens=configuration.max_input_tokens,
-        max_output_tokens=configuration.max_output_tokens,
-        max_queue=configuration.max_queue,
+        Scheduler(engine, c.max_queue),
+        backend=backend,
+        tokenizer=engine.tokenizer,
+        limits=ParameterLimits(c.max_input_tokens, c.max_output_tokens, engine.max_rows),
     )
 
 
-def _choose_backend(configuration: Configuration, model_type: str) -> tuple[str, str]:
-    if configuration.backend not in ("auto", "transformers"):
-        raise LoadError(
-            f"option.backend={configuration.backend} is not in this version, allowed are auto and "
-            "transformers"
-        )
-    if configuration.backend == "auto":
-        return "transformers", f"auto, model type {model_type}"
-    return "transformers", "option.backend"
+def _with_batcher(backend: str, folder: Path, c: Configuration) -> Model:
+    """Engines that run whole generations."""
+    from handler.engines import hf_generate
+
+    engine = hf_generate.load(folder, c)
+    return Model(
+        Batcher(engine, c.max_queue),
+        backend=backend,
+        tokenizer=engine.tokenizer,
+        limits=ParameterLimits(c.max_input_tokens, c.max_output_tokens, engine.max_rows),
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import operator
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from handler.checkpoints.find import model_config, weight_bytes
 from handler.config import MAX_ROWS_ON_CPU, MAX_ROWS_ON_GPU, Configuration
 from handler.engines.protocol import BatchEngine
-from handler.errors import LoadError
+from handler.errors import LoadError, RequestError, shown
 from handler.generation import Generation
 from handler.parameters import GenerationParameters, random_seed
 from handler.tokenizer import Detokenizer, Tokenizer, load_tokenizer
@@ -30,13 +31,19 @@ T5_FAMILY = ("t5", "mt5", "umt5")
 # Part of a GPU's free memory that weights may take; the rest is for caches and activations.
 _WEIGHTS_SHARE = 0.8
 
-_SUPPORTED = frozenset(
+SUPPORTED_PARAMETERS = frozenset(
     """
     max_new_tokens min_new_tokens do_sample temperature top_k top_p typical_p num_beams
     length_penalty early_stopping seed repetition_penalty no_repeat_ngram_size stop_sequences
     bad_words_list details return_log_probs return_full_text truncate ignore_eos_token
     """.split()
 )
+# What a checkpoint's generation_config.json may say: which tokens, never how to search.
+_KEPT_OF_GENERATION_CONFIG = """
+    bos_token_id pad_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id
+    bad_words_ids suppress_tokens begin_suppress_tokens
+""".split()
+_LONGEST_REASON = 300
 # What a batch of greedy or beam searches must agree on; the rest is done per request.
 _SHARED_BY_A_BATCH = operator.attrgetter(
     "max_new_tokens",
@@ -56,7 +63,7 @@ class HfGenerateEngine:
     their seed alone decides their text."""
 
     name = "transformers"
-    supported_parameters = _SUPPORTED
+    supported_parameters = SUPPORTED_PARAMETERS
 
     def __init__(self, folder: Path, configuration: Configuration) -> None:
         import torch
@@ -67,9 +74,11 @@ class HfGenerateEngine:
         if configuration.threads and not on_gpu:
             torch.set_num_threads(configuration.threads)
         self.max_rows = configuration.max_rows or (MAX_ROWS_ON_GPU if on_gpu else MAX_ROWS_ON_CPU)
-        self._model = _load_model(folder, configuration, on_gpu)
+        self._model = _load_model(folder, config, configuration, on_gpu)
         self.tokenizer = _load_tokenizer(folder, config, configuration.trust_remote_code)
-        # transformers' cache takes the encoder's layers for the decoder's: it fails on ByT5
+        self._model.generation_config = _token_rules(self._model, self.tokenizer)
+        # transformers' cache takes the encoder's layers for the decoder's: it fails where those
+        # are more
         layers = config.get("num_layers", 0)
         self._use_cache = config.get("num_decoder_layers", layers) <= layers
 
@@ -87,14 +96,13 @@ class HfGenerateEngine:
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "use_cache": self._use_cache,
-            "suppress_tokens": self._padding_of_the_vocabulary(),
             **self._generate_arguments(parameters),
         }
         with torch.inference_mode():
             if parameters.num_beams == 1:
                 self._generate_step_by_step(batch, arguments)
             else:
-                texts = self._model.generate(**arguments)
+                texts = self._generate_beams(batch, arguments)
                 self._append_scored(batch, input_ids, attention_mask, texts)
 
     def close(self) -> None:
@@ -119,6 +127,23 @@ class HfGenerateEngine:
         finally:
             hook.remove()
 
+    def _generate_beams(
+        self, batch: Sequence[Generation], arguments: dict[str, Any]
+    ) -> torch.Tensor:
+        """[rows, steps + 1], beginning with the decoder's start token; ends early when nobody
+        waits for any of the batch."""
+        import torch
+        from transformers import StoppingCriteriaList
+
+        def nobody_waits(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            return torch.full(
+                input_ids.shape[:1], all(g.done for g in batch), device=input_ids.device
+            )
+
+        criteria = StoppingCriteriaList([nobody_waits])
+        texts: torch.Tensor = self._model.generate(stopping_criteria=criteria, **arguments)
+        return texts
+
     def _append_scored(
         self,
         batch: Sequence[Generation],
@@ -139,7 +164,7 @@ class HfGenerateEngine:
         chosen = log_probs.gather(-1, texts[:, 1:, None]).squeeze(-1).tolist()
         for row, generation in enumerate(batch):
             for token_id, log_prob in zip(texts[row, 1:].tolist(), chosen[row]):
-                if generation.done or generation.append(token_id, log_prob):
+                if _hand_over(generation, token_id, log_prob):
                     break
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,24 +178,19 @@ class HfGenerateEngine:
         device = self._model.device
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
-    def _padding_of_the_vocabulary(self) -> list[int] | None:
-        """Ids that stand for no token: T5's vocabulary is padded from 32100 to 32128."""
-        padding = list(range(self.tokenizer.size, self._model.config.vocab_size))
-        return padding or None
-
     def _generate_arguments(self, p: GenerationParameters) -> dict[str, Any]:
-        """Our parameters as ``generate`` names them; what is off is told as off, so that a
-        checkpoint's generation_config.json does not switch it on."""
+        """Our parameters as ``generate`` names them."""
         arguments: dict[str, Any] = {
             "max_new_tokens": p.max_new_tokens,
-            "max_length": None,
             "min_new_tokens": p.max_new_tokens if p.ignore_eos_token else p.min_new_tokens or None,
             "do_sample": p.samples,
             "num_beams": p.num_beams,
             "repetition_penalty": p.repetition_penalty,
             "no_repeat_ngram_size": p.no_repeat_ngram_size,
-            "bad_words_ids": self._bad_words(p) or None,
         }
+        if p.bad_words_list:
+            of_the_model = self._model.generation_config.bad_words_ids or []
+            arguments["bad_words_ids"] = [*of_the_model, *self._bad_words(p)]
         if p.samples:
             arguments["temperature"] = p.temperature
             arguments["top_k"] = p.top_k
@@ -182,10 +202,17 @@ class HfGenerateEngine:
         return arguments
 
     def _bad_words(self, p: GenerationParameters) -> list[list[int]]:
-        return [
-            self.tokenizer.encode_plain(word) if isinstance(word, str) else list(word)
-            for word in p.bad_words_list
-        ]
+        """Raises RequestError for a word that the vocabulary cannot write."""
+        words = []
+        for word in p.bad_words_list:
+            ids = self.tokenizer.encode_plain(word) if isinstance(word, str) else list(word)
+            if not ids or max(ids) >= self.tokenizer.size:
+                raise RequestError(
+                    f"parameter 'bad_words_list' must hold words of this model's "
+                    f"{self.tokenizer.size} tokens, got {shown(word)}"
+                )
+            words.append(ids)
+        return words
 
 
 class _HandOver:
@@ -203,8 +230,21 @@ class _HandOver:
         logits = self._logits[0]
         chosen = logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
         rows = zip(self._batch, tokens.tolist(), chosen.tolist())
-        done = [g.done or g.append(token_id, log_prob) for g, token_id, log_prob in rows]
+        done = [_hand_over(g, token_id, log_prob) for g, token_id, log_prob in rows]
         return torch.tensor(done, device=input_ids.device)
+
+
+def _hand_over(generation: Generation, token_id: int, log_prob: float) -> bool:
+    """True when the generation needs no more tokens."""
+    if math.isnan(log_prob):
+        generation.fail(
+            RequestError(
+                "the model computed numbers that are none for this input; set option.dtype to bf16 "
+                "or fp32, or check its weights",
+                424,
+            )
+        )
+    return generation.done or generation.append(token_id, log_prob)
 
 
 class TransformersTokenizer:
@@ -213,10 +253,18 @@ class TransformersTokenizer:
     def __init__(self, folder: Path, trust_remote_code: bool) -> None:
         from transformers import AutoTokenizer
 
-        self._library = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        try:
+            self._library = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+            self.eos_token_id = int(self._library.eos_token_id)
+            self.pad_token_id = int(self._library.pad_token_id)
+        except Exception as error:  # each tokenizer class fails in its own way
+            raise LoadError(
+                f"{folder} holds no tokenizer that transformers can read "
+                f"({_reason(error)}); add its files or change option.model_id"
+            ) from error
         self.size = len(self._library)
-        self.eos_token_id = int(self._library.eos_token_id)
-        self.pad_token_id = int(self._library.pad_token_id)
 
     def encode(self, text: str) -> list[int]:
         return list(self._library(text).input_ids)
@@ -269,15 +317,17 @@ def _refuse_unsupported(c: Configuration) -> None:
         )
 
 
-def _load_model(folder: Path, c: Configuration, on_gpu: bool) -> Any:
+def _load_model(folder: Path, config: dict[str, Any], c: Configuration, on_gpu: bool) -> Any:
     import torch
     from transformers import AutoModelForSeq2SeqLM
 
+    _refuse_other_models(folder, config, c.trust_remote_code)
     devices = _devices(c, on_gpu)
     arguments: dict[str, Any] = {
         _dtype_argument(): _torch_dtype(c.dtype, on_gpu),
         "trust_remote_code": c.trust_remote_code,
         "local_files_only": True,
+        "output_loading_info": True,
     }
     if len(devices) == 1 and on_gpu and weight_bytes(folder) > _free_memory(devices):
         devices = list(range(torch.cuda.device_count()))
@@ -286,12 +336,55 @@ def _load_model(folder: Path, c: Configuration, on_gpu: bool) -> Any:
         arguments["max_memory"] = {i: int(_free_memory([i])) for i in devices}
     try:
         with _without_chatter():
-            model = AutoModelForSeq2SeqLM.from_pretrained(folder, **arguments)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise LoadError(f"{folder} cannot be loaded by transformers: {error}") from error
+            model, told = AutoModelForSeq2SeqLM.from_pretrained(folder, **arguments)
+    except Exception as error:  # torch, safetensors, pickle: each has errors of its own
+        raise LoadError(
+            f"{folder} cannot be loaded by transformers ({_reason(error)}); complete its files or "
+            "change option.model_id"
+        ) from error
+    # transformers would go on with random numbers in their place
+    if told["missing_keys"]:
+        missing = sorted(told["missing_keys"])
+        raise LoadError(
+            f"{folder} lacks {len(missing)} weights of a model of type {config['model_type']}, the "
+            f"first is {missing[0]}; complete its files or change option.model_id"
+        )
     if len(devices) == 1 and on_gpu:
         model = model.to(f"cuda:{devices[0]}")
     return model.eval()
+
+
+def _refuse_other_models(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    known = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    if config["model_type"] in known or (trust_remote_code and "auto_map" in config):
+        return
+    raise LoadError(
+        f"{folder} is of model type {config['model_type']}, which is no sequence-to-sequence model "
+        f"of transformers {transformers.__version__}; change option.model_id"
+    )
+
+
+def _token_rules(model: Any, tokenizer: Tokenizer) -> Any:
+    """A GenerationConfig of the tokens that must or must not be chosen, and nothing else."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    rules = {name: getattr(own, name, None) for name in _KEPT_OF_GENERATION_CONFIG}
+    # ids that stand for no token: T5's vocabulary is padded from 32100 to 32128
+    padding = range(tokenizer.size, model.config.vocab_size)
+    suppressed = [*(rules["suppress_tokens"] or ()), *padding]
+    return GenerationConfig(
+        **{**rules, "suppress_tokens": suppressed or None, "eos_token_id": tokenizer.eos_token_id}
+    )
+
+
+def _reason(error: Exception) -> str:
+    """The beginning of what a library says: some list every class they know."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _LONGEST_REASON else text[:_LONGEST_REASON] + "..."
 
 
 def _dtype_argument() -> str:

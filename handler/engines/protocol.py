@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import Protocol
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from handler.generation import Generation
 from handler.parameters import GenerationParameters
@@ -17,7 +20,6 @@ class BatchEngine(Protocol):
     refused before it gets here.
     """
 
-    name: str
     tokenizer: Tokenizer
     max_rows: int
     supported_parameters: frozenset[str]
@@ -32,6 +34,55 @@ class BatchEngine(Protocol):
         A generation that is ``done`` meanwhile (cancelled) needs no more tokens. An exception
         fails the whole batch.
         """
+        ...
+
+    def close(self) -> None: ...
+
+
+class StepEngine(Protocol):
+    """Runs single decoding steps of a dense batch of rows. Called by one thread only.
+
+    The rows that run are always 0..n-1. Limits are fixed at load and caches allocated once.
+    encode_tokens: prompts are given to ``encode`` together up to this many tokens; a longer prompt
+    comes alone.
+    """
+
+    tokenizer: Tokenizer
+    decoder_start_token_id: int
+    max_rows: int
+    max_input_tokens: int
+    max_output_tokens: int
+    encode_tokens: int
+
+    def encode(self, prompts: Sequence[Sequence[int]]) -> Iterator[Sequence[Any] | None]:
+        """Run the encoder and make the cross-attention keys and values of each prompt.
+
+        Yields None after each part of the work (rows decode in between), at the end the handles,
+        one a prompt. A handle may be kept and attached to several rows.
+        """
+        ...
+
+    def attach(self, handle: Any, row: int) -> None:
+        """Let a row decode against a handle, from position 0."""
+        ...
+
+    def decode(
+        self, n: int, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
+        """Tokens [n, q] of rows 0..n-1, the first at positions [n] -> logits [n, q, vocabulary].
+
+        q is 1 for a decoding step; more tokens score a given continuation. The vocabulary is the
+        tokenizer's, without the model's padding. The caller may overwrite the result, which is
+        good until the next call.
+        """
+        ...
+
+    def move(self, src: int, dst: int) -> None:
+        """Row dst becomes what row src is."""
+        ...
+
+    def reorder(self, rows: Sequence[int], parents: Sequence[int]) -> None:
+        """Each row goes on from the tokens of its parent, a row with the same handle."""
         ...
 
     def close(self) -> None: ...

@@ -1,0 +1,134 @@
+"""Built graphs on disk: found again by what they were built from, complete or not there at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from handler import __version__
+from handler.errors import LoadError
+
+logger = logging.getLogger(__name__)
+
+_BESIDE_THE_MODEL = ".onnx_t5"
+_MANIFEST = "manifest.json"
+_DIGESTS = "digests.json"
+_CHUNK = 1 << 22
+
+
+def cache_folder(checkpoint: Path, cache_dir: str | None) -> Path:
+    """Where graphs are kept: cache_dir, else beside the model, else the user's cache.
+
+    Raises LoadError where none can be written to.
+    """
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "djl-t5-handler"
+    places = [Path(cache_dir)] if cache_dir else [checkpoint / _BESIDE_THE_MODEL, user]
+    for place in places:
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=place):
+                return place
+        except OSError as error:
+            logger.info("graphs cannot be kept in %s: %s", place, error)
+    raise LoadError(
+        f"no place for built graphs: {', '.join(map(str, places))} cannot be written to; set "
+        "option.cache_dir to a folder that can"
+    )
+
+
+def built(
+    cache: Path, sources: Sequence[Path], settings: str, build: Callable[[Path], None]
+) -> Path:
+    """The folder of graphs for these source files and settings; calls ``build`` where it must.
+
+    A folder appears under its name only when it is complete; one that is damaged is made anew.
+    """
+    key = hashlib.sha256(settings.encode())
+    for part in (__version__, *(_digest(path, cache) for path in sources)):
+        key.update(b"\0" + part.encode())
+    folder = cache / key.hexdigest()[:32]
+    if _is_whole(folder):
+        return folder
+    start = time.monotonic()
+    try:
+        _build_aside(folder, build)
+    except OSError as error:
+        raise LoadError(
+            f"graphs cannot be written to {cache}: {error}; set option.cache_dir to a folder with "
+            "room"
+        ) from error
+    logger.info("built %s in %.1f s", folder, time.monotonic() - start)
+    return folder
+
+
+def _build_aside(folder: Path, build: Callable[[Path], None]) -> None:
+    aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    aside.chmod(0o755)  # other users' processes may find it, too
+    try:
+        build(aside)
+        files = {f.name: [f.stat().st_size, _checksum(f)] for f in sorted(aside.iterdir())}
+        (aside / _MANIFEST).write_text(json.dumps(files, indent=1))
+        if folder.exists() and not _is_whole(folder):
+            shutil.rmtree(folder)
+        try:
+            aside.rename(folder)
+        except OSError:  # another process was first
+            if not _is_whole(folder):
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        files = json.loads((folder / _MANIFEST).read_text())
+        for name, (size, checksum) in files.items():
+            if (folder / name).stat().st_size != size or _checksum(folder / name) != checksum:
+                raise ValueError(f"{name} is damaged")
+    except FileNotFoundError:
+        if folder.exists():
+            logger.warning("%s is incomplete and is built anew", folder)
+        return False
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        logger.warning("%s is built anew: %s", folder, error)
+        return False
+    return True
+
+
+def _checksum(file: Path) -> int:
+    checksum = 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+def _digest(file: Path, cache: Path) -> str:
+    """SHA-256 of a file's content, remembered while size and time of change stay the same."""
+    known_file = cache / _DIGESTS
+    status = file.stat()
+    seen = [status.st_size, status.st_mtime_ns, status.st_ino]
+    try:
+        known: dict[str, list[object]] = json.loads(known_file.read_text())
+        entry = known.get(str(file.resolve()), [])
+    except (OSError, ValueError, AttributeError):
+        known, entry = {}, []
+    if entry and entry[:-1] == seen:
+        return str(entry[-1])
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    known[str(file.resolve())] = [*seen, digest.hexdigest()]
+    with tempfile.NamedTemporaryFile("w", dir=cache, delete=False) as aside:
+        json.dump(known, aside)
+    os.replace(aside.name, known_file)
+    return digest.hexdigest()

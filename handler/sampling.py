@@ -1,0 +1,94 @@
+"""Logits -> next tokens, each row by its own parameters.
+
+The order of the filters and their formulas are those of transformers' logits processors:
+temperature, top_k, top_p. Random numbers are counter-based, keyed by the request's seed and the
+step: they do not depend on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from handler.parameters import GenerationParameters, random_seed
+
+Floats = npt.NDArray[np.float32]
+
+# Candidates that are looked at first where top_p cuts the tail off; nearly always they suffice.
+_LIKELY = 256
+
+
+class RowSampling:
+    """How one row's tokens are chosen: its parameters and its seed."""
+
+    def __init__(self, parameters: GenerationParameters) -> None:
+        self.parameters = parameters
+        self.seed = random_seed() if parameters.seed is None else parameters.seed
+
+    def ends_not_yet(self, step: int) -> bool:
+        """Whether the end of the text must not be chosen at this step."""
+        return self.parameters.ignore_eos_token or step < self.parameters.min_new_tokens
+
+    def uniform(self, step: int) -> float:
+        """A number from [0, 1) for this step."""
+        bits = np.random.Philox(key=self.seed, counter=step)
+        return float(np.random.Generator(bits).random())
+
+
+def choose_tokens(
+    logits: Floats, rows: Sequence[RowSampling], steps: Sequence[int], eos_token_id: int
+) -> tuple[list[int], list[float]]:
+    """The next token of each row and its log-probability before any filter.
+
+    logits: [rows, vocabulary], overwritten; steps: how many tokens each row has generated.
+    """
+    best = logits.max(-1, keepdims=True)
+    normalizer = best[:, 0] + np.log(np.exp(logits - best).sum(-1))
+    for row, (sampling, step) in enumerate(zip(rows, steps)):
+        if sampling.ends_not_yet(step):
+            logits[row, eos_token_id] = -np.inf
+    tokens = logits.argmax(-1)
+    for row, (sampling, step) in enumerate(zip(rows, steps)):
+        if sampling.parameters.samples:
+            tokens[row] = _sample(logits[row], sampling.parameters, sampling.uniform(step))
+    chosen = logits[np.arange(len(rows)), tokens]
+    return tokens.tolist(), (chosen - normalizer).tolist()
+
+
+def _sample(logits: Floats, p: GenerationParameters, uniform: float) -> int:
+    """Draw one token: the first whose cumulative probability exceeds ``uniform``."""
+    tokens, scores = _top_k(logits / np.float32(p.temperature), p.top_k)
+    probabilities = np.exp(scores.astype(np.float64) - scores.max())
+    if 0.0 < p.top_p < 1.0:
+        kept = _top_p(probabilities, p.top_p)
+        tokens, probabilities = tokens[kept], probabilities[kept]
+    cumulative = probabilities.cumsum()
+    drawn = int(cumulative.searchsorted(uniform * cumulative[-1], side="right"))
+    return int(tokens[min(drawn, len(tokens) - 1)])
+
+
+def _top_k(scores: Floats, k: int) -> tuple[npt.NDArray[np.intp], Floats]:
+    """(tokens, scores) of the k best in the vocabulary's order; equals of the last one stay."""
+    if not 0 < k < len(scores):
+        return np.arange(len(scores)), scores
+    least = np.partition(scores, -k)[-k]
+    tokens = np.flatnonzero(scores >= least)
+    return tokens, scores[tokens]
+
+
+def _top_p(weights: npt.NDArray[np.float64], p: float) -> npt.NDArray[np.intp]:
+    """Places of the fewest largest weights whose share reaches p, in ascending order of place.
+
+    A place stays if those before it, in descending order of weight, hold less than p.
+    """
+    total = weights.sum()
+    likely = np.arange(len(weights))
+    if len(weights) > _LIKELY:
+        likely = np.argpartition(weights, -_LIKELY)[-_LIKELY:]
+        if weights[likely].sum() < p * total:
+            likely = np.arange(len(weights))
+    likely = likely[np.argsort(-weights[likely], kind="stable")]
+    before = weights[likely].cumsum() - weights[likely]
+    return np.sort(likely[before < p * total])

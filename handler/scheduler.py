@@ -1,0 +1,157 @@
+"""In-flight batching: waiting -> running -> done. A prompt joins and leaves at every step.
+
+The running rows are always the engine's leading ones. Between two decoding steps the engine does
+one part of the encoding of the next prompts, so rows that run wait for no more than that.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from handler.errors import as_request_error
+from handler.generation import Generation
+from handler.sampling import RowSampling, choose_tokens
+from handler.waiting import WaitingPrompts
+
+if TYPE_CHECKING:
+    from handler.engines.protocol import StepEngine
+
+logger = logging.getLogger(__name__)
+
+SUPPORTED_PARAMETERS = frozenset(
+    """
+    max_new_tokens min_new_tokens do_sample temperature top_k top_p seed stop_sequences details
+    return_log_probs return_full_text truncate ignore_eos_token
+    """.split()
+)
+
+
+class _Row:
+    """One running generation: what the decoder reads next, and how its answer is chosen."""
+
+    def __init__(self, generation: Generation, start_token: int) -> None:
+        self.generation = generation
+        self.token = start_token
+        self.sampling = RowSampling(generation.parameters)
+
+    @property
+    def position(self) -> int:
+        return len(self.generation.token_ids)
+
+
+class Scheduler:
+    """Owns a step engine: only its thread calls it. ``submit`` and ``close`` are for any thread."""
+
+    supported_parameters = SUPPORTED_PARAMETERS
+
+    def __init__(self, engine: StepEngine, max_queue: int) -> None:
+        self._engine = engine
+        self._waiting = WaitingPrompts(max_queue)
+        self._encoding: list[Generation] = []
+        self._parts: Iterator[Sequence[Any] | None] = iter(())
+        self._rows: list[_Row] = []
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._rows) + len(self._encoding)
+
+    def submit(self, generations: Sequence[Generation]) -> None:
+        """Queue all of them or, raising RequestError, none."""
+        self._waiting.submit(generations)
+
+    def close(self) -> None:
+        """Finish what runs, refuse what waits, end the thread."""
+        self._waiting.close()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while self._rows or self._encoding or self._waiting.wait():
+            self._admit()
+            self._encode()
+            self._decode()
+        self._engine.close()
+
+    def _admit(self) -> None:
+        """Begin to encode the next prompts if there is a row for each of them."""
+        free = self._engine.max_rows - len(self._rows)
+        if self._encoding or not free:
+            return
+        tokens = 0
+
+        def fits(generation: Generation) -> bool:
+            nonlocal tokens
+            tokens += len(generation.prompt_ids)
+            return tokens <= self._engine.encode_tokens
+
+        self._encoding = self._waiting.take(1)
+        if not self._encoding:
+            return
+        tokens = len(self._encoding[0].prompt_ids)
+        if tokens < self._engine.encode_tokens and free > 1:
+            self._encoding += self._waiting.take(free - 1, fits)
+        self._parts = self._engine.encode([g.prompt_ids for g in self._encoding])
+
+    def _encode(self) -> None:
+        """Do the next part of the encoding; after the last one its prompts get their rows."""
+        if all(g.done for g in self._encoding):
+            self._encoding = []
+            return
+        try:
+            handles = next(self._parts)
+            if handles is None:
+                return
+            for generation, handle in zip(self._encoding, handles):
+                if not generation.done:
+                    self._engine.attach(handle, len(self._rows))
+                    self._rows.append(_Row(generation, self._engine.decoder_start_token_id))
+        except BaseException as error:  # whatever it was, nobody may be left waiting
+            self._fail(self._encoding, error)
+        self._encoding = []
+
+    def _decode(self) -> None:
+        """One step of all running rows."""
+        rows = self._rows
+        if not rows:
+            return
+        try:
+            tokens = np.array([[row.token] for row in rows])
+            positions = np.array([row.position for row in rows])
+            logits = self._engine.decode(len(rows), tokens, positions)
+            chosen, log_probs = choose_tokens(
+                logits[:, 0],
+                [row.sampling for row in rows],
+                positions.tolist(),
+                self._engine.tokenizer.eos_token_id,
+            )
+            for row, token, log_prob in zip(rows, chosen, log_probs):
+                row.token = token
+                row.generation.append(token, log_prob)
+            self._free_rows()
+        except BaseException as error:
+            self._fail([row.generation for row in rows], error)
+            self._rows = []
+
+    def _free_rows(self) -> None:
+        """The last running row takes the place of one that is done (or that nobody wants)."""
+        for place in reversed(range(len(self._rows))):
+            if self._rows[place].generation.done:
+                last = self._rows.pop()
+                if place < len(self._rows):
+                    self._engine.move(len(self._rows), place)
+                    self._rows[place] = last
+
+    def _fail(self, generations: Sequence[Generation], error: BaseException) -> None:
+        logger.error("the engine failed", exc_info=error)
+        for generation in generations:
+            generation.fail(as_request_error(error))

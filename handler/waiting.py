@@ -1,0 +1,105 @@
+"""Prompts that wait for their turn: bounded, and fair between clients."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+
+from handler.errors import RequestError
+from handler.generation import Generation
+
+
+class WaitingPrompts:
+    """First come, first served; a client's list gives one prompt in its turn, then others' come.
+
+    ``submit`` and ``close`` are for any thread, the rest for the one that serves.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lists: deque[deque[Generation]] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def __len__(self) -> int:
+        return sum(map(len, tuple(self._lists)))
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def submit(self, generations: Sequence[Generation]) -> None:
+        """Queue all of a client's prompts or, raising RequestError, none."""
+        if len(generations) > self._most:
+            raise RequestError(
+                f"a request of {len(generations)} inputs cannot be queued, allowed are "
+                f"{self._most} (option.max_queue); split it"
+            )
+        with self._changed:
+            if self._closed:
+                raise _unloading()
+            if len(self) + len(generations) > self._most:
+                self._drop_done()
+            if len(self) + len(generations) > self._most:
+                raise RequestError(
+                    f"{len(self)} prompts wait already, allowed are {self._most} "
+                    "(option.max_queue); try again later",
+                    503,
+                )
+            self._lists.append(deque(generations))
+            self._changed.notify()
+
+    def wait(self) -> bool:
+        """Block until a prompt waits; False when closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._lists or self._closed)
+            return not self._closed
+
+    def take(
+        self, most: int, accepts: Callable[[Generation], bool] = lambda _: True
+    ) -> list[Generation]:
+        """Remove the next prompts in turn, of those that are accepted; what is done is dropped."""
+        with self._changed:
+            self._drop_done()
+            taken: list[Generation] = []
+            for generation in self._in_turn():
+                if len(taken) == most:
+                    break
+                if accepts(generation):
+                    taken.append(generation)
+            self._remove(taken)
+            return taken
+
+    def close(self) -> None:
+        """Refuse what waits and what comes."""
+        with self._changed:
+            self._closed = True
+            refused = list(self._in_turn())
+            self._lists.clear()
+            self._changed.notify_all()
+        for generation in refused:
+            generation.fail(_unloading())
+
+    def _in_turn(self) -> Iterator[Generation]:
+        for turn in range(max(map(len, self._lists), default=0)):
+            for prompts in self._lists:
+                if turn < len(prompts):
+                    yield prompts[turn]
+
+    def _remove(self, taken: Sequence[Generation]) -> None:
+        """The more prompts a list gave, the farther back it goes."""
+        gone = set(map(id, taken))
+        left = [deque(g for g in prompts if id(g) not in gone) for prompts in self._lists]
+        given = [len(prompts) - len(rest) for prompts, rest in zip(self._lists, left)]
+        order = sorted(range(len(left)), key=given.__getitem__)
+        self._lists = deque(left[i] for i in order if left[i])
+
+    def _drop_done(self) -> None:
+        if any(g.done for prompts in self._lists for g in prompts):
+            kept = (deque(g for g in prompts if not g.done) for prompts in self._lists)
+            self._lists = deque(prompts for prompts in kept if prompts)
+
+
+def _unloading() -> RequestError:
+    return RequestError("the model is being unloaded", 503)

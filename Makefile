@@ -34,9 +34,9 @@ $(VENV)/bin/python:
 
 # The server's packages, then the tests' on top: the same environment serves both.
 $(VENV)/serve.done: pyproject.toml | $(VENV)/bin/python
-	$(PIP) install -q -e '.[serve,transformers]'
+	$(PIP) install -q -e .
 	@touch $@
 
 $(VENV)/test.done: pyproject.toml | $(VENV)/bin/python
-	$(PIP) install -q -e '.[serve,transformers,test,lint]'
+	$(PIP) install -q -e '.[transformers,test,lint]'
 	@touch $@ $(VENV)/serve.done

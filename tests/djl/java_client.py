@@ -1,0 +1,123 @@
+"""Drives DJL's own Java engine: a command per line of stdin, its answers on a line of stdout.
+
+A process of its own, because a process can start one JVM only, and the leader of its group.
+Arguments: the folder of jars, the model folder, a temporary folder for DJL, and the engine's
+options as JSON.
+"""
+
+from __future__ import annotations
+
+import atexit
+import base64
+import json
+import os
+import signal
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jpype
+import jpype.imports
+
+Message = dict[str, Any]
+
+
+def main(jars: str, model_folder: str, temporary_folder: str, options: str) -> None:
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever Java prints is log
+
+    # DJL's sockets and pid files lie there; it kills the process whose pid it finds.
+    jpype.startJVM(f"-Djava.io.tmpdir={temporary_folder}", classpath=[f"{jars}/*"])
+    # Java would wait for the worker and, in async mode, start another for the one that ends.
+    atexit.register(os.killpg, 0, signal.SIGKILL)
+    predictor = new_predictor(model_folder, json.loads(options))
+    print(json.dumps("ready"), file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(execute(predictor, line)), file=answers, flush=True)
+
+
+def execute(predictor: Any, line: str) -> list[Message] | str:
+    """Answers, or Java's exception."""
+    command, requests = json.loads(line)
+    try:
+        return COMMANDS[command](predictor, requests)
+    except jpype.JException as exception:
+        return str(exception)
+
+
+def new_predictor(model_folder: str, options: dict[str, str]) -> Any:
+    """Load the model: DJL starts its Python worker and sends it the empty first call."""
+    from ai.djl.modality import Input, Output
+    from ai.djl.repository.zoo import Criteria
+    from java.nio.file import Paths
+
+    criteria = (
+        Criteria.builder()
+        .setTypes(Input, Output)
+        .optModelPath(Paths.get(model_folder))
+        .optEngine("Python")
+    )
+    for name, value in options.items():
+        criteria.optOption(name, value)
+    return criteria.build().loadModel().newPredictor()
+
+
+def predict(predictor: Any, requests: list[Message]) -> list[Message]:
+    """One after another."""
+    return [_answer(predictor.predict(_input(request))) for request in requests]
+
+
+def predict_together(predictor: Any, requests: list[Message]) -> list[Message]:
+    """All at once, each from its own thread."""
+    gate = threading.Barrier(len(requests))
+
+    def call(request: Message) -> Message:
+        prepared = _input(request)
+        gate.wait()
+        return _answer(predictor.predict(prepared))
+
+    with ThreadPoolExecutor(len(requests)) as threads:
+        return list(threads.map(call, requests))
+
+
+def batch_predict(predictor: Any, requests: list[Message]) -> list[Message]:
+    """As one dynamic batch."""
+    from java.util import ArrayList
+
+    outputs = predictor.batchPredict(ArrayList([_input(request) for request in requests]))
+    return [_answer(output) for output in outputs]
+
+
+COMMANDS = {
+    "predict": predict,
+    "predict_together": predict_together,
+    "batch_predict": batch_predict,
+}
+
+
+def _input(request: Message) -> Any:
+    """The Input that DJLServing makes of an HTTP request."""
+    from ai.djl.modality import Input
+
+    made = Input()
+    for name, value in request["properties"].items():
+        made.addProperty(name, value)
+    for key, value in request["content"]:
+        made.add(key, jpype.JArray(jpype.JByte)(base64.b64decode(value)))
+    return made
+
+
+def _answer(output: Any) -> Message:
+    # In async mode the body arrives later than the Output, and with it the rest.
+    body = b"".join(bytes(item.getValue().getAsBytes()) for item in output.getContent())
+    return {
+        "code": int(output.getCode()),
+        "message": str(output.getMessage()),
+        "properties": {str(name): str(value) for name, value in output.getProperties().items()},
+        "body": base64.b64encode(body).decode(),
+    }
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -159,7 +159,8 @@ class Configuration:
         "auto",
         _dtype,
         "Number format of the weights. auto: bf16 on GPUs of compute capability 8.0 and up, fp16 "
-        "on older ones, fp32 on CPUs. int8 and int4 quantize the weights.",
+        "on older ones, fp32 on CPUs. int8 quantizes the weights (CPUs); int4 is not in this "
+        "version.",
         example="bf16",
         aliases=("quantize",),
     )
@@ -218,9 +219,10 @@ class Configuration:
     cache_dir: str | None = _property(
         None,
         _text,
-        "Where downloaded models are kept.",
+        "Where downloaded models and built graphs are kept.",
         example="/tmp/models",
-        default_text="the user's Hugging Face cache",
+        default_text="graphs beside the model, else in the user's cache; downloads in the Hugging "
+        "Face cache",
     )
     cpu_kernel: str = _property(
         "auto",

@@ -85,13 +85,20 @@ def _sequences(value: Any) -> tuple[StopSequence, ...]:
     if len(value) == 1 and isinstance(value[0], list):  # its batch axis
         value = value[0]
     if all(isinstance(item, str) for item in value):
-        if not all(value):
-            raise _Refused(f"{allowed}; an empty string is none")
+        if not all(map(_is_text, value)):
+            raise _Refused(f"{allowed}; an empty string or half a surrogate pair is none")
         return tuple(value)
     try:
         return _word_list(value)
     except ValueError:
         raise _Refused(allowed) from None
+
+
+def _is_text(value: str) -> bool:
+    try:
+        return bool(value.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _integers(value: Any) -> list[int]:

@@ -105,17 +105,18 @@ def _parse_inputs(inputs: Any) -> tuple[str, ...]:
     if inputs is None:
         raise RequestError("the field 'inputs' is missing, expected a string or a list of strings")
     if isinstance(inputs, str):
-        return (_checked_text(inputs, "inputs"),)
+        return (checked_text(inputs, "inputs"),)
     if not isinstance(inputs, list):
         raise RequestError(
             f"the field 'inputs' must be a string or a list of strings, got {shown(inputs)}"
         )
     if not inputs:
         raise RequestError("the field 'inputs' is an empty list, expected at least one string")
-    return tuple(_checked_text(text, f"inputs[{i}]") for i, text in enumerate(inputs))
+    return tuple(checked_text(text, f"inputs[{i}]") for i, text in enumerate(inputs))
 
 
-def _checked_text(text: Any, place: str) -> str:
+def checked_text(text: Any, place: str) -> str:
+    """A text that can be answered. Raises RequestError, naming its ``place``."""
     if not isinstance(text, str):
         raise RequestError(f"{place} must be a string, got {shown(text)}")
     if not text.strip():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,10 @@ def reply(
     schema: str,
     tokenizer: Tokenizer,
 ) -> Reply:
-    """Answer ``request`` in ``schema``: outputs | lmi | tgi. Texts keep the order of the inputs."""
+    """Answer ``request`` in ``schema``: outputs | lmi | tgi. Texts keep the order of the inputs.
+
+    Raises RequestError for results that JSON cannot tell.
+    """
     p = request.parameters
     texts = [
         prompt + result.text if p.return_full_text else result.text
@@ -104,6 +108,12 @@ def to_async_output(answer: Reply) -> Output:
 
 
 def _details(result: GenerationResult, tokenizer: Tokenizer) -> dict[str, Any]:
+    if not all(map(math.isfinite, result.log_probs)):  # JSON has no word for them
+        raise RequestError(
+            "the model computed log-probabilities that are no numbers; set option.dtype to bf16 or "
+            "fp32, or check its weights",
+            424,
+        )
     tokens = [
         {"id": token_id, "text": tokenizer.token(token_id), "log_prob": log_prob}
         for token_id, log_prob in zip(result.token_ids, result.log_probs)

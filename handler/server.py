@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -51,7 +53,7 @@ class _Application:
                 Route("/models/{name}", self._describe),
                 Route("/metrics", self._metrics.endpoint),
             ],
-            exception_handlers={HTTPException: _http_error},
+            exception_handlers={HTTPException: _http_error, ClientDisconnect: _nobody_listens},
         )
 
     async def _invoke(self, request: Request) -> Response:
@@ -59,7 +61,9 @@ class _Application:
             request.path_params.get("name", request.query_params.get("model_name", self._name))
         )
         body = await _read(request)
-        answer = await self._metrics.observe(lambda: self._service.answer_async(body))
+        answer = await self._metrics.observe(
+            lambda: _while_connected(request, self._service.answer_async(body))
+        )
         return Response(answer.body, answer.status, answer.headers)
 
     async def _ping(self, request: Request) -> Response:
@@ -99,6 +103,29 @@ async def _read(request: Request) -> bytes:
         if len(body) > _LARGEST_BODY:
             raise HTTPException(413)
     return bytes(body)
+
+
+async def _while_connected(request: Request, answering: Coroutine[Any, Any, Reply]) -> Reply:
+    """The answer, given up when the client leaves, so that its rows are free for others."""
+    answer = asyncio.create_task(answering)
+    leaving = asyncio.create_task(_client_leaves(request))
+    try:
+        await asyncio.wait([answer, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise ClientDisconnect
+        return answer.result()
+    finally:
+        answer.cancel()
+        leaving.cancel()
+
+
+async def _client_leaves(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _nobody_listens(request: Request, error: Exception) -> Response:
+    return Response(status_code=400)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

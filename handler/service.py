@@ -8,14 +8,14 @@ import os
 import re
 import threading
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from handler.config import Configuration, read_configuration
 from handler.engines import Model, load_model
-from handler.errors import RequestError
+from handler.errors import LoadError, RequestError
 from handler.generation import GenerationResult
 from handler.request_parsing import ParsedRequest, parse_request
 from handler.responses import (
@@ -33,8 +33,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# DJL's dynamic batch: batch_000.data, before 0.21 batch_0.data
-_BATCH_KEY = re.compile(r"batch_(\d+)\.")
+# DJL's dynamic batch: batch_000.data, before 0.21 batch_0.data. Three digits are DJL's own limit,
+# and keep small what is made of a client's form whose fields have such names.
+_BATCH_KEY = re.compile(r"batch_(\d{1,3})\.")
+_LARGEST_BATCH = 1000
 # Reading and tokenizing a longer body takes long enough to hold up an event loop.
 _LONG_BODY = 32_768
 
@@ -51,11 +53,15 @@ class Service:
     def __init__(self) -> None:
         self._loading = threading.Lock()
         self._model: Model | None = None
+        self._first_call_came = False
+        self._load_failure: Exception | None = None
         self.configuration = Configuration()
 
     @property
     def model(self) -> Model:
         """The loaded model; loads it by the environment alone when nobody called ``load``."""
+        if self._load_failure is not None:
+            raise LoadError(str(self._load_failure))
         return self._model or self.load(read_configuration(environment=os.environ))
 
     def load(self, configuration: Configuration) -> Model:
@@ -80,23 +86,31 @@ class Service:
     def handle(self, inputs: Input) -> Output | Awaitable[Output | None] | None:
         """What DJLServing calls: an Output, or in async mode a coroutine that gives one.
 
-        The empty first call loads the model and alone configures it.
+        The empty first call loads the model and alone configures it. A later empty one is a
+        client's: DJLServing makes it of an empty form.
         """
         in_async_mode = _event_loop_runs()
-        if inputs.is_empty():
-            self.load(
-                read_configuration(properties=inputs.get_properties(), environment=os.environ)
-            )
+        if inputs.is_empty() and not self._first_call_came:
+            self._load_as_told(inputs.get_properties())
             return _nothing() if in_async_mode else None
         if in_async_mode:
             return self._handle_async(inputs)
         bodies = _batched_bodies(inputs)
         if bodies is not None:
             return to_batch_output(self.answer_batch(bodies))
-        return to_output(self.answer(bytes(inputs.get_as_bytes())))
+        return to_output(self.answer(_body(inputs)))
+
+    def _load_as_told(self, properties: Mapping[str, str]) -> None:
+        """Load by DJL's first call. Should it fail, DJL 0.20 sends requests all the same."""
+        self._first_call_came = True
+        try:
+            self.load(read_configuration(properties=properties, environment=os.environ))
+        except Exception as error:
+            self._load_failure = error
+            raise
 
     async def _handle_async(self, inputs: Input) -> Output:
-        return to_async_output(await self.answer_async(bytes(inputs.get_as_bytes())))
+        return to_async_output(await self.answer_async(_body(inputs)))
 
     # The same without DJL
 
@@ -144,6 +158,9 @@ class Service:
             return _Submitted(request, self.model.submit(prompts))
         except RequestError as error:
             return error_reply(error)
+        except Exception as error:  # DJL's async mode would lose the text of it
+            logger.exception("a request failed")
+            return error_reply(error)
 
     def _wait(self, submitted: _Submitted, seconds: float) -> Reply:
         wait(submitted.futures, timeout=max(0.0, seconds), return_when="FIRST_EXCEPTION")
@@ -160,38 +177,50 @@ class Service:
                     504,
                 )
             results = [future.result() for future in failed or submitted.futures]
+            if self.configuration.log_prompts:
+                logger.info("answers %r", [result.text for result in results])
+            return reply(
+                submitted.request,
+                results,
+                self.configuration.response_schema,
+                self.model.tokenizer,
+            )
         except RequestError as error:
             return error_reply(error)
         finally:
             for future in submitted.futures:
                 future.cancel()
-        if self.configuration.log_prompts:
-            logger.info("answers %r", [result.text for result in results])
-        return reply(
-            submitted.request,
-            results,
-            self.configuration.response_schema,
-            self.model.tokenizer,
-        )
+
+
+def _body(inputs: Input) -> bytes:
+    return bytes(inputs.get_as_bytes() or b"")
 
 
 def _batched_bodies(inputs: Input) -> list[bytes] | None:
     """The bodies of DJL's dynamic batch, or None for a single request.
 
-    Told by the content's keys alone: ``batch_size`` is a property, and a client's header of that
-    name looks the same.
+    Recognized by the content's keys alone: ``batch_size`` is a property, and a client's header of
+    that name looks the same.
     """
     content: Any = inputs.get_content()
     keys = [content.key_at(i) for i in range(content.size())]
     matches = [_BATCH_KEY.match(key or "") for key in keys]
     indices = [int(match.group(1)) for match in matches if match]
-    if len(indices) < len(keys):
+    if not indices or len(indices) < len(keys):
         return None
     bodies: dict[int, bytes] = {}
     for position, index in enumerate(indices):
         if index not in bodies or keys[position].endswith(".data"):
             bodies[index] = bytes(content.value_at(position))
-    return [bodies.get(index, b"") for index in range(max(bodies) + 1)]
+    size = max(max(indices) + 1, _told_batch_size(inputs))  # the last ones may have no content
+    return [bodies.get(index, b"") for index in range(size)]
+
+
+def _told_batch_size(inputs: Input) -> int:
+    try:
+        return min(int(inputs.get_property("batch_size")), _LARGEST_BATCH)
+    except (TypeError, ValueError):
+        return 0
 
 
 def _event_loop_runs() -> bool:

@@ -94,6 +94,9 @@ class JsonTokenizer(_Base):
             raise LoadError(f"{file} is not a tokenizer.json: {error}") from error
         self._library.no_truncation()
         self._library.no_padding()
+        # encode() would keep Python's lock, and so stop every thread while a long text is read; the
+        # fast form (tokenizers 0.20) leaves out the offsets.
+        self._encode_batch = getattr(self._library, "encode_batch_fast", self._library.encode_batch)
         # Some files were saved without the post-processor that appends </s>.
         self._closes_texts = self._library.num_special_tokens_to_add(is_pair=False) > 0
         self.size = self._library.get_vocab_size(with_added_tokens=True)
@@ -107,11 +110,11 @@ class JsonTokenizer(_Base):
         return int(token_id)
 
     def encode(self, text: str) -> list[int]:
-        ids = list(self._library.encode(text).ids)
+        ids = list(self._encode_batch([text])[0].ids)
         return ids if self._closes_texts else [*ids, self.eos_token_id]
 
     def encode_plain(self, text: str) -> list[int]:
-        return list(self._library.encode(text, add_special_tokens=False).ids)
+        return list(self._encode_batch([text], add_special_tokens=False)[0].ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._library.decode(list(ids), skip_special_tokens=True))

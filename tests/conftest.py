@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import re
 import signal
 import subprocess
@@ -11,6 +12,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# The models of the tests are tiny: a second thread would wait longer than it computes. Set before
+# torch is imported; the servers inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import httpx
 import pytest
@@ -43,43 +48,46 @@ def server() -> Iterator[httpx.Client]:
 
 @contextmanager
 def serving(
-    *arguments: str, environment: dict[str, str] | None = None
+    *arguments: str,
+    environment: dict[str, str] | None = None,
+    python: str = sys.executable,
+    log: list[str] | None = None,
 ) -> Iterator[tuple[httpx.Client, subprocess.Popen[str]]]:
-    """A server process and a client of it; SIGTERM at the end."""
+    """A server process and a client of it; SIGTERM at the end. ``log`` takes its lines."""
+    log = [] if log is None else log
     process = subprocess.Popen(
-        [sys.executable, "-m", "handler", "serve", "--port", "0", *arguments],
+        [python, "-m", "handler", "serve", "--port", "0", *arguments],
         cwd=ROOT,
         env={**os.environ, **(environment or {})},
         stderr=subprocess.PIPE,
         text=True,
     )
+    address: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    reader = threading.Thread(target=_read_log, args=(process, log, address), daemon=True)
+    reader.start()
     try:
-        url, log = _wait_for_url(process)
+        url = address.get(timeout=_START_SECONDS)
+        assert url is not None, "the server did not start:\n" + "".join(log)
         with httpx.Client(base_url=url, timeout=60) as client:
             yield client, process
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=90)
+        try:
+            process.wait(timeout=90)
+        finally:
+            process.kill()
+        reader.join(timeout=10)
+    assert process.returncode == 0, "".join(log)
     assert "Traceback" not in "".join(log), "".join(log)
 
 
-def _wait_for_url(process: subprocess.Popen[str]) -> tuple[str, list[str]]:
-    """Read the log until it tells the address; a thread reads on, so that the pipe never fills."""
-    assert process.stderr is not None
-    found: list[str] = []
-    log: list[str] = []
-    told = threading.Event()
-
-    def read() -> None:
-        for line in process.stderr or ():
-            log.append(line)
-            match = re.search(r"serving \S+ on (http://\S+)", line)
-            if match:
-                found.append(match.group(1))
-                told.set()
-        told.set()
-
-    threading.Thread(target=read, daemon=True).start()
-    told.wait(_START_SECONDS)
-    assert found, "the server did not start:\n" + "".join(log)
-    return found[0], log
+def _read_log(
+    process: subprocess.Popen[str], log: list[str], address: queue.SimpleQueue[str | None]
+) -> None:
+    """To its end, so that the pipe never fills; ``address`` gets the URL, None if there is none."""
+    for line in process.stderr or ():
+        log.append(line)
+        match = re.search(r"serving \S+ on (http://\S+)", line)
+        if match:
+            address.put(match.group(1))
+    address.put(None)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import datetime
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 
 HELD_OUT_SHARE = 50  # one prompt in fifty
+_TRIES = 20_000  # draws after which a task counts as having no more held-out prompts
 
 MONTHS = [datetime.date(2000, month, 1).strftime("%B") for month in range(1, 13)]
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
@@ -213,13 +214,23 @@ def training_examples(seed: int) -> Iterator[Example]:
 
 
 def held_out_examples(count: int, seed: int = 0) -> list[Example]:
-    """``count`` different examples, as many of each task as of any other."""
+    """Up to ``count`` different examples, tasks in turn; one that has no more is passed over."""
     r = random.Random(f"held out {seed}")
     found: dict[str, Example] = {}
-    tasks = list(TASKS.items())
-    while len(found) < count:
-        task, make = tasks[len(found) % len(tasks)]
-        prompt, target = make(r)
-        if is_held_out(prompt):
-            found.setdefault(prompt, Example(task, prompt, target))
+    tasks = dict(TASKS)
+    while tasks and len(found) < count:
+        for task in list(tasks)[: count - len(found)]:
+            example = _another_held_out(task, r, found)
+            if example is None:
+                del tasks[task]
+            else:
+                found[example.prompt] = example
     return list(found.values())
+
+
+def _another_held_out(task: str, r: Random, found: Container[str]) -> Example | None:
+    for _ in range(_TRIES):
+        prompt, target = TASKS[task](r)
+        if is_held_out(prompt) and prompt not in found:
+            return Example(task, prompt, target)
+    return None

@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "model")
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--held-out", type=int, default=100 * len(TASKS), metavar="COUNT")
     parser.add_argument("--evaluate-only", action="store_true")
     arguments = parser.parse_args()

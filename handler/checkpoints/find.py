@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,12 @@ from handler.errors import LoadError
 logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-# Never the TensorFlow and Flax copies of the weights, nor exported graphs.
+# Never the TensorFlow and Flax copies of the weights, nor what lies in folders: exported graphs,
+# training's checkpoints.
 _WANTED = ["*.json", "*.model", "*.safetensors", "*.bin", "*.txt", "*.spm", "*.py"]
-_UNWANTED_WITH_SAFETENSORS = ["*.bin"]
+_UNWANTED = ["*/*"]
+_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+_LONGEST_REASON = 300
 
 
 def find_checkpoint(configuration: Configuration) -> Path:
@@ -72,24 +74,28 @@ def _checked(folder: Path, advice: str) -> Path:
 
 
 def _download(model_id: str, c: Configuration) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     place = f"option.model_id={model_id}" + (f" at revision {c.revision}" if c.revision else "")
     logger.info("downloading %s", place)
     try:
-        ignored = []
-        if not os.environ.get("HF_HUB_OFFLINE"):
-            files = HfApi().list_repo_files(model_id, revision=c.revision)
-            if any(name.endswith(".safetensors") for name in files):
-                ignored = _UNWANTED_WITH_SAFETENSORS
-        folder = snapshot_download(
+        folder = _snapshot(model_id, c, [*_UNWANTED, "*.bin"])
+        if not any((folder / name).is_file() for name in _SAFETENSORS):
+            folder = _snapshot(model_id, c, _UNWANTED)
+    except Exception as error:  # of the hub, of the name, of its HTTP client (which one changes)
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
+        raise LoadError(f"{place} is no folder and could not be downloaded: {reason}") from error
+    return _checked(folder, "change option.model_id")
+
+
+def _snapshot(model_id: str, c: Configuration, unwanted: list[str]) -> Path:
+    """The files of the root, from the cache as far as they are there."""
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(
             model_id,
             revision=c.revision,
             cache_dir=c.cache_dir,
             allow_patterns=_WANTED,
-            ignore_patterns=ignored,
+            ignore_patterns=unwanted,
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise LoadError(f"{place} is no folder and could not be downloaded: {error}") from error
-    return _checked(Path(folder), "change option.model_id")
+    )

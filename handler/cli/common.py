@@ -15,6 +15,7 @@ from handler.errors import LoadError
 # Lies in a source checkout, not in an installed package or a model tarball.
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo" / "model"
 _DEMO_NAME = "demo"
+_VARIABLES_THAT_NAME_A_MODEL = ("HF_MODEL_ID", "OPTION_MODEL_ID", "OPTION_S3URL")
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,23 @@ def choose_model(model: str | None, options: Sequence[str]) -> ModelChoice:
     """The configuration for MODEL (a folder or a hub id), or for the demo without one.
 
     A folder's serving.properties count as they do in DJLServing: below ``--option``, above the
-    environment. Raises LoadError.
+    environment. A folder that holds a checkpoint is not passed over for one that the environment
+    names. Raises LoadError.
     """
     command_line = dict(map(_split, options))
     properties: dict[str, str] = {}
+    environment = dict(os.environ)
     if model is None and not _names_a_model(command_line):
         model = str(_demo())
     if model is not None and Path(model).is_dir():
         properties = {**_serving_properties(Path(model)), "model_dir": model}
+        if (Path(model) / "config.json").is_file():
+            for variable in _VARIABLES_THAT_NAME_A_MODEL:
+                environment.pop(variable, None)
     elif model is not None:
         command_line["model_id"] = model
     configuration = read_configuration(
-        command_line=command_line, properties=properties, environment=os.environ
+        command_line=command_line, properties=properties, environment=environment
     )
     return ModelChoice(_name(configuration), configuration)
 
@@ -72,8 +78,7 @@ def _split(option: str) -> tuple[str, str]:
 
 def _names_a_model(command_line: dict[str, str]) -> bool:
     named = {"model_id", "s3url"} & {name.lower() for name in command_line}
-    variables = ("HF_MODEL_ID", "OPTION_MODEL_ID", "OPTION_S3URL")
-    return bool(named) or any(os.environ.get(variable) for variable in variables)
+    return bool(named) or any(map(os.environ.get, _VARIABLES_THAT_NAME_A_MODEL))
 
 
 def _demo() -> Path:
@@ -97,7 +102,7 @@ def _serving_properties(folder: Path) -> dict[str, str]:
 
 def _name(configuration: Configuration) -> str:
     """As DJLServing names a model: by its folder."""
-    place = configuration.model_id or configuration.model_dir or ""
+    place = configuration.model_dir or configuration.model_id or ""
     if Path(place).resolve() == DEMO:
         return _DEMO_NAME
     return Path(place).resolve().name if Path(place).is_dir() else place.rstrip("/").split("/")[-1]

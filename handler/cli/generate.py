@@ -11,6 +11,7 @@ from handler.engines import load_model
 from handler.errors import RequestError
 from handler.generation import GenerationRequest
 from handler.parameters import parse_parameters
+from handler.request_parsing import checked_text
 
 
 def add_to(commands: Any) -> None:
@@ -35,14 +36,14 @@ def run(arguments: argparse.Namespace) -> None:
     """Print each prompt's answer. Raises LoadError, RequestError."""
     start_log(quiet=True)
     raw = _json_object(arguments.parameters)
+    prompts = [checked_text(prompt, "PROMPT") for prompt in arguments.prompts]
     choice = choose_model(arguments.model, arguments.option)
     model = load_model(choice.configuration)
     try:
         parameters = parse_parameters(raw, model.limits)
         template = choice.configuration.prompt_template
         requests = [
-            GenerationRequest(template.replace("{input}", prompt), parameters)
-            for prompt in arguments.prompts
+            GenerationRequest(template.replace("{input}", prompt), parameters) for prompt in prompts
         ]
         for result in model.generate(requests):
             print(result.text)
@@ -53,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"--parameters is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise RequestError(f"--parameters must be a JSON object, got {text}")

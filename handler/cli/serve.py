@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import socket
+import sys
 from typing import Any
 
 from handler.cli.common import add_model_arguments, choose_model, start_log
@@ -37,8 +39,10 @@ def run(arguments: argparse.Namespace) -> None:
     from handler.server import application
 
     start_log()
+    # uvicorn has its own handler while it runs, and raises the signal again when it has stopped
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     choice = choose_model(arguments.model, arguments.option)
-    listener = _bind(arguments.host, arguments.port)
+    listener = bind(arguments.host, arguments.port)
     service.load(choice.configuration)
     config = uvicorn.Config(
         application(service, choice.name),
@@ -46,16 +50,14 @@ def run(arguments: argparse.Namespace) -> None:
         access_log=False,
         timeout_graceful_shutdown=int(choice.configuration.request_timeout) + _SENDING_SECONDS,
     )
-    listener.listen()
-    host, port = listener.getsockname()[:2]
-    logger.info("serving %s on http://%s:%s", choice.name, host, port)
+    logger.info("serving %s on %s", choice.name, listen(listener))
     try:
         uvicorn.Server(config).run(sockets=[listener])
     finally:
         service.close()
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
     """Bound before the model is loaded, so that a port in use is told at once."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -63,5 +65,19 @@ def _bind(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except (OSError, OverflowError) as error:
         listener.close()
-        raise LoadError(f"cannot listen on {host} port {port}: {error}; change --port") from error
+        raise _cannot_listen(host, port, error) from error
     return listener
+
+
+def listen(listener: socket.socket) -> str:
+    """The URL. Another process may have taken the port since it was bound."""
+    host, port = listener.getsockname()[:2]
+    try:
+        listener.listen()
+    except OSError as error:
+        raise _cannot_listen(host, port, error) from error
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _cannot_listen(host: str, port: int, error: Exception) -> LoadError:
+    return LoadError(f"cannot listen on {host} port {port}: {error}; change --host or --port")

@@ -1,0 +1,60 @@
+"""The documents say what is so: tables from the code, links that lead somewhere, real answers."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), ROOT / "examples" / "demo" / "model" / "README.md"]
+)
+
+
+def test_tables_are_those_of_the_code() -> None:
+    subprocess.run([sys.executable, ROOT / "docs" / "generate.py", "--check"], check=True)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: str(d.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text(encoding="utf-8"))
+    for link in links:
+        if not link.startswith("http"):
+            assert (document.parent / link).exists(), link
+
+
+def test_files_named_in_the_readme_are_there() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:tests|examples|docs|benchmarks|handler)/[\w./-]+)", text):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_tree_in_contributing_names_every_module() -> None:
+    tree = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for module in (ROOT / "handler").rglob("*.py"):
+        if module.name not in ("__init__.py", "__main__.py") and module.parent.name != "cli":
+            assert f"  {module.name} " in tree, module
+
+
+def test_the_readmes_curl_answers_what_the_readme_prints(server: httpx.Client) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.search(r"-d '(\{.*?\})'\n```\n```json\n(.*?)\n```", text, re.DOTALL)
+    assert found
+    reply = server.post(
+        "/invocations", content=found.group(1), headers={"content-type": "application/json"}
+    )
+    assert reply.text == found.group(2)
+    assert reply.json() == json.loads(found.group(2))
+
+
+def test_serving_properties_explains_every_line() -> None:
+    lines = (ROOT / "serving.properties").read_text(encoding="utf-8").splitlines()
+    for above, line in zip(lines, lines[1:]):
+        if re.match(r"#?[\w.]+=", line):
+            assert above.startswith("# ") or re.match(r"#?[\w.]+=", above), line

@@ -1,0 +1,48 @@
+"""What a user gets: the base install, in an environment of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, serving
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a fresh virtual environment with the package and its base needs."""
+    folder = tmp_path_factory.mktemp("venv")
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    interpreter = folder / "bin" / "python"
+    pip = [interpreter, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
+    subprocess.run([*pip, "-e", ROOT], check=True)
+    return interpreter
+
+
+def test_has_no_torch_and_serves(python: Path) -> None:
+    listed = subprocess.run(
+        [python, "-m", "pip", "list", "--format", "json"], check=True, capture_output=True
+    ).stdout
+    names = {package["name"].lower() for package in json.loads(listed)}
+    assert not names & {"torch", "transformers", "accelerate"}
+    with serving(python=str(python)) as (client, _):
+        reply = client.post("/invocations", json={"inputs": "Write 7 in words."})
+        assert reply.status_code == 200
+        assert len(reply.json()["outputs"]) == 1
+
+
+def test_what_needs_torch_says_so(python: Path) -> None:
+    ended = subprocess.run(
+        [python, "-m", "handler", "generate", "x", "--option", "backend=transformers"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: option.backend=transformers needs the packages torch")
+    assert ended.stderr.count("\n") == 1

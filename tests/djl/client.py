@@ -22,7 +22,7 @@ from djl.jars import jars_of
 _JAVA_CLIENT = Path(__file__).with_name("java_client.py")
 _START_SECONDS = 300
 _ANSWER_SECONDS = 300
-# In a quarter of tries DJL 0.20 misses that its worker has started, and waits for the worker's end.
+# DJL 0.20 may miss that its worker has started (java_client.take_turns), and waits for its end.
 _START_MISSED = "Process not started, waiting for process end"
 _STARTS = {"0.20.0": 10}
 

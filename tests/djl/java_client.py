@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jpype
@@ -27,6 +28,8 @@ def main(jars: str, model_folder: str, temporary_folder: str, options: str) -> N
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever Java prints is log
 
+    if Path(jars).name == "0.20.0":
+        take_turns()
     # DJL's sockets and pid files lie there; it kills the process whose pid it finds.
     jpype.startJVM(f"-Djava.io.tmpdir={temporary_folder}", classpath=[f"{jars}/*"])
     # Java would wait for the worker and, in async mode, start another for the one that ends.
@@ -35,6 +38,18 @@ def main(jars: str, model_folder: str, temporary_folder: str, options: str) -> N
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(execute(predictor, line)), file=answers, flush=True)
+
+
+def take_turns() -> None:
+    """From here on a thread that wakes another goes on first.
+
+    DJL 0.20's reader tells that the worker has started and only then writes it down. Whoever it
+    told may look before, and then waits for the worker's end: in one start of three, of two on a
+    busy machine.
+    """
+    if hasattr(os, "SCHED_BATCH"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def execute(predictor: Any, line: str) -> list[Message] | str:

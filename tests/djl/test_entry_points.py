@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from djl.client import StartDjl, ask
+from djl.client import SYNC, StartDjl, ask
 from handler.engines import Model
 
 pytestmark = pytest.mark.djl
 
 
-@pytest.mark.parametrize("version", ["0.34.0", "0.20.0"])
+@pytest.mark.parametrize("version", SYNC)
 def test_the_module_of_the_package(start_djl: StartDjl, model: Model, version: str) -> None:
     with start_djl(version, {"entryPoint": "handler.model"}) as client:
         answer = client.predict(ask("Write 7 in words."))

@@ -38,12 +38,20 @@ def as_request_error(error: BaseException) -> RequestError:
     """What a request is told when its engine raised ``error``."""
     if isinstance(error, RequestError):
         return error
-    # torch.cuda.OutOfMemoryError by name: torch need not be there
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if _is_out_of_memory(error):
         return RequestError(
             f"out of memory: {error}; lower option.max_rows or option.max_input_tokens", 507
         )
     return RequestError(f"the engine failed: {type(error).__name__}: {error}", 424)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # torch.cuda.OutOfMemoryError by name: torch need not be there. ONNX Runtime has none.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(words in str(error) for words in ("Failed to allocate memory", "bad_alloc"))
+    )
 
 
 def one_line(text: str) -> str:

@@ -55,7 +55,10 @@ def parse_request(content: bytes, limits: ParameterLimits) -> ParsedRequest:
 
 def _parse_json(content: bytes) -> Any:
     if not content.strip():
-        raise RequestError('the body is empty, expected a JSON object like {"inputs": "..."}')
+        raise RequestError(
+            'the body is empty, expected a JSON object like {"inputs": "..."} of content-type '
+            "application/json"
+        )
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -100,7 +100,11 @@ class Scheduler:
         tokens = len(self._encoding[0].prompt_ids)
         if tokens < self._engine.encode_tokens and free > 1:
             self._encoding += self._waiting.take(free - 1, fits)
-        self._parts = self._engine.encode([g.prompt_ids for g in self._encoding])
+        self._parts = self._parts_of([g.prompt_ids for g in self._encoding])
+
+    def _parts_of(self, prompts: list[list[int]]) -> Iterator[Sequence[Any] | None]:
+        """The engine is asked with the first part, where its errors are expected."""
+        yield from self._engine.encode(prompts)
 
     def _encode(self) -> None:
         """Do the next part of the encoding; after the last one its prompts get their rows."""
@@ -109,15 +113,22 @@ class Scheduler:
             return
         try:
             handles = next(self._parts)
-            if handles is None:
-                return
-            for generation, handle in zip(self._encoding, handles):
-                if not generation.done:
-                    self._engine.attach(handle, len(self._rows))
-                    self._rows.append(_Row(generation, self._engine.decoder_start_token_id))
         except BaseException as error:  # whatever it was, nobody may be left waiting
             self._fail(self._encoding, error)
+            handles = ()
+        if handles is None:
+            return
+        for generation, handle in zip(self._encoding, handles):
+            if not generation.done:
+                self._start(generation, handle)
         self._encoding = []
+
+    def _start(self, generation: Generation, handle: Any) -> None:
+        try:
+            self._engine.attach(handle, len(self._rows))
+            self._rows.append(_Row(generation, self._engine.decoder_start_token_id))
+        except BaseException as error:
+            self._fail([generation], error)
 
     def _decode(self) -> None:
         """One step of all running rows."""
@@ -125,31 +136,42 @@ class Scheduler:
         if not rows:
             return
         try:
-            tokens = np.array([[row.token] for row in rows])
-            positions = np.array([row.position for row in rows])
-            logits = self._engine.decode(len(rows), tokens, positions)
-            chosen, log_probs = choose_tokens(
-                logits[:, 0],
-                [row.sampling for row in rows],
-                positions.tolist(),
-                self._engine.tokenizer.eos_token_id,
-            )
-            for row, token, log_prob in zip(rows, chosen, log_probs):
-                row.token = token
-                row.generation.append(token, log_prob)
-            self._free_rows()
+            chosen, log_probs = self._next_tokens(rows)
         except BaseException as error:
             self._fail([row.generation for row in rows], error)
             self._rows = []
+            return
+        for row, token, log_prob in zip(rows, chosen, log_probs):
+            row.token = token
+            try:
+                row.generation.append(token, log_prob)
+            except BaseException as error:  # its text, or who listens to it
+                self._fail([row.generation], error)
+        self._free_rows()
+
+    def _next_tokens(self, rows: Sequence[_Row]) -> tuple[list[int], list[float]]:
+        tokens = np.array([[row.token] for row in rows])
+        positions = np.array([row.position for row in rows])
+        return choose_tokens(
+            self._engine.decode(len(rows), tokens, positions)[:, 0],
+            [row.sampling for row in rows],
+            positions.tolist(),
+            self._engine.tokenizer.eos_token_id,
+        )
 
     def _free_rows(self) -> None:
         """The last running row takes the place of one that is done (or that nobody wants)."""
-        for place in reversed(range(len(self._rows))):
-            if self._rows[place].generation.done:
-                last = self._rows.pop()
-                if place < len(self._rows):
-                    self._engine.move(len(self._rows), place)
-                    self._rows[place] = last
+        rows = self._rows
+        for place in reversed(range(len(rows))):
+            while place < len(rows) and rows[place].generation.done:
+                last = rows.pop()
+                if place == len(rows):
+                    break
+                try:
+                    self._engine.move(len(rows), place)
+                    rows[place] = last
+                except BaseException as error:
+                    self._fail([last.generation], error)
 
     def _fail(self, generations: Sequence[Generation], error: BaseException) -> None:
         logger.error("the engine failed", exc_info=error)

@@ -44,6 +44,7 @@ class Answer:
     message: str
     properties: dict[str, str]
     body: bytes
+    finished: float  # seconds, by the clock that all answers of a client share
 
     def json(self) -> Any:
         return json.loads(self.body)

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,7 @@ def _answer(output: Any) -> Message:
         "message": str(output.getMessage()),
         "properties": {str(name): str(value) for name, value in output.getProperties().items()},
         "body": base64.b64encode(body).decode(),
+        "finished": time.monotonic(),
     }
 
 

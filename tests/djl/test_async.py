@@ -51,6 +51,14 @@ def test_sixteen_at_once_get_what_they_get_alone(asynchronous: DjlClient, model:
     assert {a.properties["content-type"] for a in alone} == {"application/json"}
 
 
+def test_a_short_request_returns_before_a_long_one(asynchronous: DjlClient) -> None:
+    long = ask("Write 7 in words.", ignore_eos_token=True, max_new_tokens=200)
+    short = ask("Write 8 in words.", max_new_tokens=2)
+    answers = asynchronous.predict_together([long, long, long, short])
+    assert {a.code for a in answers} == {200}
+    assert min(a.finished for a in answers[:3]) > answers[3].finished
+
+
 def test_bad_requests_are_refused_with_their_reason(asynchronous: DjlClient) -> None:
     """All at once, too. Java gives a client the text of ``error`` only, and a code that is there
     with it."""

@@ -28,9 +28,10 @@ PROPERTIES_HEAD = """\
 <!-- Written by docs/generate.py from handler/config.py. -->
 
 Set for the life of the process: as `option.NAME=value` in serving.properties, as `OPTION_NAME` in
-the environment, or as `--option NAME=value` on the command line, which wins over serving.properties,
-which wins over the environment. A value that is not allowed stops the start with one line that says
-what is. A name that resembles one of these is a warning; names that DJLServing owns are let through.
+the environment, or as `--option NAME=value` on the command line. The command line wins over
+serving.properties, and that over the environment. A value that is not allowed stops the start with
+one line that says what is. A name that resembles one of these is a warning; names that DJLServing
+owns are let through.
 
 They are read from DJLServing's first (empty) call only. Headers of later calls never change them.
 

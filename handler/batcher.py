@@ -7,13 +7,11 @@ batch runs; nobody waits for a batch to fill.
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from handler.errors import RequestError, as_request_error
 from handler.generation import Generation
-from handler.waiting import WaitingPrompts
+from handler.runner import Runner
 
 if TYPE_CHECKING:
     from handler.engines.protocol import BatchEngine
@@ -21,33 +19,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Batcher:
-    """Owns the engine: only its thread calls it. ``submit`` and ``close`` are for any thread."""
+class Batcher(Runner):
+    """Owns a batch engine, which only its thread calls."""
 
     def __init__(self, engine: BatchEngine, max_queue: int) -> None:
+        super().__init__(engine, max_queue)
         self.supported_parameters = engine.supported_parameters
         self._engine = engine
-        self._waiting = WaitingPrompts(max_queue)
         self._running: list[Generation] = []
-        self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self._thread.start()
-
-    @property
-    def waiting(self) -> int:
-        return len(self._waiting)
 
     @property
     def running(self) -> int:
         return len(self._running)
-
-    def submit(self, generations: Sequence[Generation]) -> None:
-        """Queue all of them or, raising RequestError, none."""
-        self._waiting.submit(generations)
-
-    def close(self) -> None:
-        """Finish what runs, refuse what waits, end the thread."""
-        self._waiting.close()
-        self._thread.join()
 
     def _run(self) -> None:
         while self._waiting.wait():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any
 
 from handler.errors import RequestError
 from handler.generation import Generation, GenerationRequest, GenerationResult, TokenEvent
@@ -15,34 +15,18 @@ from handler.parameters import (
     parameters_in_use,
     parse_parameters,
 )
-from handler.tokenizer import Tokenizer
-
-
-class Runner(Protocol):
-    """What brings generations to an engine: the scheduler, or the batcher."""
-
-    supported_parameters: frozenset[str]
-
-    @property
-    def waiting(self) -> int: ...
-
-    @property
-    def running(self) -> int: ...
-
-    def submit(self, generations: Sequence[Generation]) -> None: ...
-
-    def close(self) -> None: ...
+from handler.runner import Runner
 
 
 class Model:
     """A loaded model. Made by ``init_inference``; every method may be called from any thread."""
 
     def __init__(
-        self, runner: Runner, *, backend: str, tokenizer: Tokenizer, limits: ParameterLimits
+        self, runner: Runner, *, backend: str, max_input_tokens: int, max_output_tokens: int
     ) -> None:
         self.backend = backend
-        self.tokenizer = tokenizer
-        self.limits = limits
+        self.tokenizer = runner.tokenizer
+        self.limits = ParameterLimits(max_input_tokens, max_output_tokens, runner.max_rows)
         self._runner = runner
 
     @property

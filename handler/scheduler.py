@@ -7,7 +7,6 @@ one part of the encoding of the next prompts, so rows that run wait for no more 
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,8 @@ import numpy as np
 
 from handler.errors import as_request_error
 from handler.generation import Generation
+from handler.runner import Runner
 from handler.sampling import RowSampling, choose_tokens
-from handler.waiting import WaitingPrompts
 
 if TYPE_CHECKING:
     from handler.engines.protocol import StepEngine
@@ -44,36 +43,22 @@ class _Row:
         return len(self.generation.token_ids)
 
 
-class Scheduler:
-    """Owns a step engine: only its thread calls it. ``submit`` and ``close`` are for any thread."""
+class Scheduler(Runner):
+    """Owns a step engine, which only its thread calls."""
 
     supported_parameters = SUPPORTED_PARAMETERS
 
     def __init__(self, engine: StepEngine, max_queue: int) -> None:
+        super().__init__(engine, max_queue)
         self._engine = engine
-        self._waiting = WaitingPrompts(max_queue)
         self._encoding: list[Generation] = []
         self._parts: Iterator[Sequence[Any] | None] = iter(())
         self._rows: list[_Row] = []
-        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
-
-    @property
-    def waiting(self) -> int:
-        return len(self._waiting)
 
     @property
     def running(self) -> int:
         return len(self._rows) + len(self._encoding)
-
-    def submit(self, generations: Sequence[Generation]) -> None:
-        """Queue all of them or, raising RequestError, none."""
-        self._waiting.submit(generations)
-
-    def close(self) -> None:
-        """Finish what runs, refuse what waits, end the thread."""
-        self._waiting.close()
-        self._thread.join()
 
     def _run(self) -> None:
         while self._rows or self._encoding or self._waiting.wait():

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from handler.checkpoints.find import find_checkpoint, model_config, weight_bytes
-from handler.config import Configuration, read_configuration
+from handler.config import read_configuration
 from handler.errors import LoadError
 
 MODEL = "someone/tiny-t5"
@@ -373,8 +373,3 @@ def test_nothing_is_asked_of_the_hub_for_a_folder(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=60
     )
     assert found.stdout.strip() == str(folder), found.stderr
-
-
-def test_init_inference_takes_a_path(tmp_path: Path) -> None:
-    folder = write_files(tmp_path, "config.json")
-    assert find_checkpoint(Configuration(model_id=str(folder))) == folder

@@ -98,11 +98,6 @@ def test_the_environment_names_the_model_where_nothing_else_does(
     assert named == model.pipeline_generate(PROMPTS)
 
 
-def test_backend_transformers_is_silent_too(model: Model) -> None:
-    expected = model.pipeline_generate(PROMPTS)
-    assert answers(*PROMPTS, "--option", "backend=transformers") == expected
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

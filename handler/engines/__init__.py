@@ -15,7 +15,7 @@ from handler.config import Configuration, Degree, configuration_of
 from handler.errors import LoadError
 from handler.inference import Model
 from handler.machine import gpu_is_there
-from handler.parameters import ParameterLimits
+from handler.runner import Runner
 from handler.scheduler import Scheduler
 
 __all__ = ["Model", "init_inference", "load_model"]
@@ -56,8 +56,12 @@ def load_model(configuration: Configuration) -> Model:
     folder = find_checkpoint(configuration)
     backend, reason = choose_backend(configuration, folder)
     logger.info("backend %s: %s", backend, reason)
-    load = _with_scheduler if backend == "onnxruntime" else _with_batcher
-    return load(backend, folder, configuration)
+    return Model(
+        _runner(backend, folder, configuration),
+        backend=backend,
+        max_input_tokens=configuration.max_input_tokens,
+        max_output_tokens=configuration.max_output_tokens,
+    )
 
 
 def choose_backend(c: Configuration, folder: Path) -> tuple[str, str]:
@@ -84,27 +88,12 @@ def choose_backend(c: Configuration, folder: Path) -> tuple[str, str]:
     return "onnxruntime", f"model type {model_type} on a CPU"
 
 
-def _with_scheduler(backend: str, folder: Path, c: Configuration) -> Model:
-    """Engines that run single steps."""
-    from handler.engines import onnx_t5
+def _runner(backend: str, folder: Path, c: Configuration) -> Runner:
+    """The engine, loaded, with what runs it. Engines are imported where they are used."""
+    if backend == "onnxruntime":
+        from handler.engines import onnx_t5
 
-    engine = onnx_t5.load(folder, c)
-    return Model(
-        Scheduler(engine, c.max_queue),
-        backend=backend,
-        tokenizer=engine.tokenizer,
-        limits=ParameterLimits(c.max_input_tokens, c.max_output_tokens, engine.max_rows),
-    )
-
-
-def _with_batcher(backend: str, folder: Path, c: Configuration) -> Model:
-    """Engines that run whole generations."""
+        return Scheduler(onnx_t5.load(folder, c), c.max_queue)
     from handler.engines import hf_generate
 
-    engine = hf_generate.load(folder, c)
-    return Model(
-        Batcher(engine, c.max_queue),
-        backend=backend,
-        tokenizer=engine.tokenizer,
-        limits=ParameterLimits(c.max_input_tokens, c.max_output_tokens, engine.max_rows),
-    )
+    return Batcher(hf_generate.load(folder, c), c.max_queue)

@@ -13,15 +13,22 @@ from handler.parameters import GenerationParameters
 from handler.tokenizer import Tokenizer
 
 
-class BatchEngine(Protocol):
-    """Runs whole generations, a batch at a time. Called by one thread only.
+class Engine(Protocol):
+    """What both kinds have. An engine is called by one thread only."""
+
+    tokenizer: Tokenizer
+    max_rows: int
+
+    def close(self) -> None: ...
+
+
+class BatchEngine(Engine, Protocol):
+    """Runs whole generations, a batch at a time.
 
     supported_parameters: names of the parameters it honours; a request that uses another one is
     refused before it gets here.
     """
 
-    tokenizer: Tokenizer
-    max_rows: int
     supported_parameters: frozenset[str]
 
     def batch_key(self, parameters: GenerationParameters) -> Hashable | None:
@@ -36,20 +43,16 @@ class BatchEngine(Protocol):
         """
         ...
 
-    def close(self) -> None: ...
 
-
-class StepEngine(Protocol):
-    """Runs single decoding steps of a dense batch of rows. Called by one thread only.
+class StepEngine(Engine, Protocol):
+    """Runs single decoding steps of a dense batch of rows.
 
     The rows that run are always 0..n-1. Limits are fixed at load and caches allocated once.
     encode_tokens: prompts are given to ``encode`` together up to this many tokens; a longer prompt
     comes alone.
     """
 
-    tokenizer: Tokenizer
     decoder_start_token_id: int
-    max_rows: int
     max_input_tokens: int
     max_output_tokens: int
     encode_tokens: int
@@ -84,5 +87,3 @@ class StepEngine(Protocol):
     def reorder(self, rows: Sequence[int], parents: Sequence[int]) -> None:
         """Each row goes on from the tokens of its parent, a row with the same handle."""
         ...
-
-    def close(self) -> None: ...

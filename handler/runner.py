@@ -1,0 +1,53 @@
+"""What brings prompts to an engine: a queue, and the one thread that may call the engine."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from handler.generation import Generation
+from handler.waiting import WaitingPrompts
+
+if TYPE_CHECKING:
+    from handler.engines.protocol import Engine
+
+
+class Runner(ABC):
+    """The base of the scheduler and the batcher. Every public method is for any thread.
+
+    supported_parameters: names of those that it and its engine honour; ``submit`` is given no
+    request that uses another one.
+    """
+
+    supported_parameters: frozenset[str]
+
+    def __init__(self, engine: Engine, max_queue: int) -> None:
+        self.tokenizer = engine.tokenizer
+        self.max_rows = engine.max_rows
+        self._waiting = WaitingPrompts(max_queue)
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def waiting(self) -> int:
+        """Prompts that wait for a row."""
+        return len(self._waiting)
+
+    @property
+    @abstractmethod
+    def running(self) -> int:
+        """Prompts that are being answered."""
+
+    def submit(self, generations: Sequence[Generation]) -> None:
+        """Queue all of a client's prompts or, raising RequestError, none."""
+        self._waiting.submit(generations)
+
+    def close(self) -> None:
+        """Finish what runs, refuse what waits, free the engine."""
+        self._waiting.close()
+        self._thread.join()
+
+    @abstractmethod
+    def _run(self) -> None:
+        """The thread: serve until the queue is closed, then close the engine."""

@@ -58,7 +58,8 @@ class Batcher(Runner):
         try:
             self._engine.generate(self._running)
         except BaseException as error:  # whatever it was, nobody may be left waiting
-            logger.exception("the engine failed")
+            if not isinstance(error, RequestError):
+                logger.exception("the engine failed")
             failure = as_request_error(error)
             for generation in self._running:
                 generation.fail(failure)

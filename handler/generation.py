@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from handler.errors import RequestError, shown
 from handler.parameters import GenerationParameters
 
 if TYPE_CHECKING:
     from handler.tokenizer import Tokenizer
 
 EOS_TOKEN, LENGTH, STOP_SEQUENCE = "eos_token", "length", "stop_sequence"
+
+
+def checked_text(text: Any, place: str) -> str:
+    """A text that can be answered. Raises RequestError, naming its ``place``."""
+    if not isinstance(text, str):
+        raise RequestError(f"{place} must be a string, got {shown(text)}")
+    if not text.strip():
+        raise RequestError(f"{place} must not be empty or blank, got {shown(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{place} holds half a surrogate pair at character {error.start}: "
+            f"{shown(text[error.start])} is no character"
+        ) from None
+    return text
 
 
 @dataclass(frozen=True)
@@ -92,7 +110,19 @@ class Generation:
         return self.finish_reason is not None or self.future.done()
 
     def append(self, token_id: int, log_prob: float) -> bool:
-        """Take the next token; True when it was the last one."""
+        """Take the next token; True when it was the last one.
+
+        A log-probability of NaN fails the generation.
+        """
+        if math.isnan(log_prob):
+            self.fail(
+                RequestError(
+                    "the model computed numbers that are none for this input; set option.dtype to "
+                    "bf16 or fp32, or check its weights",
+                    424,
+                )
+            )
+            return True
         self.token_ids.append(token_id)
         self.log_probs.append(log_prob)
         if self._detokenizer is not None and token_id != self._tokenizer.eos_token_id:

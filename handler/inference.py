@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import queue
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from handler.errors import RequestError
-from handler.generation import Generation, GenerationRequest, GenerationResult, TokenEvent
+from handler.errors import RequestError, shown
+from handler.generation import (
+    Generation,
+    GenerationRequest,
+    GenerationResult,
+    TokenEvent,
+    checked_text,
+)
 from handler.parameters import (
     ParameterLimits,
     check_limits,
@@ -44,6 +51,8 @@ class Model:
 
         Raises RequestError.
         """
+        if isinstance(inputs, str):
+            raise RequestError(f"inputs must be a list of strings, got {shown(inputs)}")
         parsed = parse_parameters(parameters, self.limits)
         results = self.generate([GenerationRequest(text, parsed) for text in inputs])
         return [result.text for result in results]
@@ -71,13 +80,17 @@ class Model:
         generation = self._generation(request, on_event=events.put)
         generation.future.add_done_callback(lambda _: events.put(None))
         self._runner.submit([generation])
-        return _stream(events, generation.future)
+        stream = _stream(events, generation.future)
+        # A generator that was never begun runs none of its code when it is closed.
+        weakref.finalize(stream, generation.future.cancel)
+        return stream
 
     def submit(self, requests: Sequence[GenerationRequest]) -> list[Future[GenerationResult]]:
         """Queue requests without waiting; cancelling a future frees its row at the next step.
 
         Raises RequestError, and then none was queued; one that is to blame is named by its index.
         """
+        self._runner.check_room(len(requests))
         generations = []
         for index, request in enumerate(requests):
             try:
@@ -105,7 +118,7 @@ class Model:
                     f"parameter {name!r} is not supported by backend {self.backend}; leave it out "
                     "or choose a backend that has it (option.backend)"
                 )
-        ids = self.tokenizer.encode(request.input)
+        ids = self.tokenizer.encode(checked_text(request.input, "the input"))
         kept = self._truncated(ids, parameters.truncate)
         return Generation(
             request, kept, self.tokenizer, truncated=len(kept) < len(ids), on_event=on_event

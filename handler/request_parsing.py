@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from handler.errors import RequestError, nearest, shown
-from handler.generation import GenerationRequest
+from handler.generation import GenerationRequest, checked_text
 from handler.parameters import GenerationParameters, ParameterLimits, parse_parameters
 
 # What the article's payloads carry beside these has no meaning here: batches form by themselves.
@@ -116,22 +116,6 @@ def _parse_inputs(inputs: Any) -> tuple[str, ...]:
     if not inputs:
         raise RequestError("the field 'inputs' is an empty list, expected at least one string")
     return tuple(checked_text(text, f"inputs[{i}]") for i, text in enumerate(inputs))
-
-
-def checked_text(text: Any, place: str) -> str:
-    """A text that can be answered. Raises RequestError, naming its ``place``."""
-    if not isinstance(text, str):
-        raise RequestError(f"{place} must be a string, got {shown(text)}")
-    if not text.strip():
-        raise RequestError(f"{place} must not be empty or blank, got {shown(text)}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            f"{place} holds half a surrogate pair at character {error.start}: "
-            f"{shown(text[error.start])} is no character"
-        ) from None
-    return text
 
 
 def _raw_parameters(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,10 @@ class Runner(ABC):
     def running(self) -> int:
         """Prompts that are being answered."""
 
+    def check_room(self, count: int) -> None:
+        """Raises RequestError where so many prompts could not be queued now."""
+        self._waiting.check_room(count)
+
     def submit(self, generations: Sequence[Generation]) -> None:
         """Queue all of a client's prompts or, raising RequestError, none."""
         self._waiting.submit(generations)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from handler.errors import as_request_error
+from handler.errors import RequestError, as_request_error
 from handler.generation import Generation
 from handler.runner import Runner
 from handler.sampling import RowSampling, choose_tokens
@@ -159,6 +159,7 @@ class Scheduler(Runner):
                     self._fail([last.generation], error)
 
     def _fail(self, generations: Sequence[Generation], error: BaseException) -> None:
-        logger.error("the engine failed", exc_info=error)
+        if not isinstance(error, RequestError):
+            logger.error("the engine failed", exc_info=error)
         for generation in generations:
             generation.fail(as_request_error(error))

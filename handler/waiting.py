@@ -31,24 +31,29 @@ class WaitingPrompts:
 
     def submit(self, generations: Sequence[Generation]) -> None:
         """Queue all of a client's prompts or, raising RequestError, none."""
-        if len(generations) > self._most:
+        with self._changed:
+            self.check_room(len(generations))
+            self._lists.append(deque(generations))
+            self._changed.notify()
+
+    def check_room(self, count: int) -> None:
+        """Raises RequestError where ``count`` more prompts cannot be queued."""
+        if count > self._most:
             raise RequestError(
-                f"a request of {len(generations)} inputs cannot be queued, allowed are "
-                f"{self._most} (option.max_queue); split it"
+                f"a request of {count} inputs cannot be queued, allowed are {self._most} "
+                "(option.max_queue); split it"
             )
         with self._changed:
             if self._closed:
                 raise _unloading()
-            if len(self) + len(generations) > self._most:
+            if len(self) + count > self._most:
                 self._drop_done()
-            if len(self) + len(generations) > self._most:
+            if len(self) + count > self._most:
                 raise RequestError(
                     f"{len(self)} prompts wait already, allowed are {self._most} "
                     "(option.max_queue); try again later",
                     503,
                 )
-            self._lists.append(deque(generations))
-            self._changed.notify()
 
     def wait(self) -> bool:
         """Block until a prompt waits; False when closed."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 VOCAB_SIZE = 640
 BYTES_VOCAB_SIZE = 384
@@ -61,9 +61,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_checkpoint(folder: Path, variant: str, tokenizer_from: Path, seed: int = 0) -> Path:
-    """Write the variant's config.json, model.safetensors and tokenizer into ``folder``."""
-    config = {**_COMMON, **VARIANTS[variant]}
+# What an engine that builds its own graphs could get wrong besides.
+EDGE_VARIANTS: dict[str, dict[str, Any]] = {
+    "odd-sizes": {"model_type": "t5", "d_model": 40, "d_kv": 12, "d_ff": 52, "num_heads": 3},
+    "gated-silu": {"model_type": "t5", "feed_forward_proj": "gated-silu"},
+}
+
+
+def write_checkpoint(
+    folder: Path, variant: str, tokenizer_from: Path, seed: int = 0, **changes: Any
+) -> Path:
+    """Write the variant's config.json, model.safetensors and tokenizer into ``folder``.
+
+    ``changes`` are keys of config.json that differ from the variant's.
+    """
+    config = {**_COMMON, **{**VARIANTS, **EDGE_VARIANTS}[variant], **changes}
     config.setdefault("num_decoder_layers", config["num_layers"])
     architecture = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}[config["model_type"]]
     config["architectures"] = [f"{architecture}ForConditionalGeneration"]
@@ -77,6 +89,21 @@ def write_checkpoint(folder: Path, variant: str, tokenizer_from: Path, seed: int
         for name in ("tokenizer.json", "spiece.model", "tokenizer_config.json"):
             shutil.copy(tokenizer_from / name, folder)
     return folder
+
+
+def in_shards(folder: Path) -> None:
+    """Put the checkpoint's weights into two files and an index."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    places = {}
+    for number in (0, 1):
+        file = f"model-{number + 1:05}-of-00002.safetensors"
+        part = {name: weights[name] for name in names[number::2]}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        places.update(dict.fromkeys(part, file))
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def _weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from handler.errors import RequestError
 from handler.generation import Generation, GenerationRequest, GenerationResult, TokenEvent
 from handler.parameters import GenerationParameters
 from handler.tokenizer import ByteTokenizer
@@ -95,6 +96,14 @@ def test_a_stream_joins_to_the_text_and_never_takes_back(text: str, stops: list[
 def test_a_stream_of_any_bytes_joins_to_the_text(ids: list[int]) -> None:
     generation, events = run(ids, GenerationParameters())
     assert "".join(e.text for e in events) == generation.future.result(timeout=0).text
+
+
+def test_numbers_that_are_none_fail_the_generation() -> None:
+    generation = Generation(GenerationRequest("x"), [3, EOS], TOKENIZER)
+    assert generation.append(5, float("nan"))
+    error = generation.future.exception(timeout=0)
+    assert isinstance(error, RequestError)
+    assert error.code == 424
 
 
 def test_a_cancelled_generation_is_done() -> None:

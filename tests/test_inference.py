@@ -89,6 +89,20 @@ def test_wrong_parameters(model: Model, parameters: dict[str, Any], words: str) 
     assert caught.value.code == 400
 
 
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ("ab", "inputs must be a list of strings, got 'ab'"),
+        ([7], "the input must be a string, got 7"),
+        (["ok", "\ud800"], r"inputs\[1\]: the input holds half a surrogate pair"),
+        ([" "], "must not be empty or blank"),
+    ],
+)
+def test_wrong_inputs(model: Model, inputs: Any, words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        model.pipeline_generate(inputs)
+
+
 def test_limits_hold_for_requests_made_in_python(model: Model) -> None:
     with pytest.raises(RequestError, match=r"at most 512 \(option.max_output_tokens\)"):
         model.generate([endless_request()])
@@ -243,6 +257,13 @@ def test_a_stream_that_nobody_holds_frees_its_row(patient: Model) -> None:
         break
     (answer,) = patient.submit([request_of(PROMPTS[0])])
     assert answer.result(WAIT).token_ids
+
+
+def test_closing_a_stream_before_its_first_token_frees_its_row(patient: Model) -> None:
+    stream = patient.stream_generate(endless_request())
+    stream.close()  # type: ignore[attr-defined]
+    del stream
+    assert len(patient.generate([request_of("x", max_new_tokens=1)])) == 1
 
 
 def test_streams_beside_each_other(model: Model) -> None:

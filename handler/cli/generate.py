@@ -9,9 +9,8 @@ from typing import Any
 from handler.cli.common import add_model_arguments, choose_model, start_log
 from handler.engines import load_model
 from handler.errors import RequestError
-from handler.generation import GenerationRequest
+from handler.generation import GenerationRequest, checked_text
 from handler.parameters import parse_parameters
-from handler.request_parsing import checked_text
 
 
 def add_to(commands: Any) -> None:

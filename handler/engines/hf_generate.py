@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import operator
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
@@ -164,7 +163,7 @@ class HfGenerateEngine:
         chosen = log_probs.gather(-1, texts[:, 1:, None]).squeeze(-1).tolist()
         for row, generation in enumerate(batch):
             for token_id, log_prob in zip(texts[row, 1:].tolist(), chosen[row]):
-                if _hand_over(generation, token_id, log_prob):
+                if generation.done or generation.append(token_id, log_prob):
                     break
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -230,21 +229,8 @@ class _HandOver:
         logits = self._logits[0]
         chosen = logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
         rows = zip(self._batch, tokens.tolist(), chosen.tolist())
-        done = [_hand_over(g, token_id, log_prob) for g, token_id, log_prob in rows]
+        done = [g.done or g.append(token_id, log_prob) for g, token_id, log_prob in rows]
         return torch.tensor(done, device=input_ids.device)
-
-
-def _hand_over(generation: Generation, token_id: int, log_prob: float) -> bool:
-    """True when the generation needs no more tokens."""
-    if math.isnan(log_prob):
-        generation.fail(
-            RequestError(
-                "the model computed numbers that are none for this input; set option.dtype to bf16 "
-                "or fp32, or check its weights",
-                424,
-            )
-        )
-    return generation.done or generation.append(token_id, log_prob)
 
 
 class TransformersTokenizer:

@@ -7,119 +7,26 @@ honour it.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Union
+from typing import Any
 
 from handler.errors import RequestError, nearest, shown
+from handler.parameter_checks import (
+    Refused,
+    StopSequence,
+    boolean,
+    early_stopping,
+    integer,
+    number,
+    sequences,
+    truncate,
+)
 
 MAX_SEED = 2**64 - 1
 # Below this temperature the softmax puts all its weight on the best token in fp32.
 GREEDY_TEMPERATURE = 1e-5
-
-StopSequence = Union[str, "tuple[int, ...]"]
-
-
-class _Refused(ValueError):
-    """What a check says of a value: how the sentence "parameter 'x' must be ..." goes on."""
-
-
-def _integer(lowest: int, highest: int = 2**31 - 1) -> Callable[[Any], int]:
-    def check(value: Any) -> int:
-        # 20.0 is the integer 20 in JSON; true is not the integer 1
-        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        if isinstance(value, bool) or not whole or not lowest <= value <= highest:
-            raise _Refused(f"an integer from {lowest} to {highest}")
-        return int(value)
-
-    return check
-
-
-def _number(lowest: float, highest: float, allowed: str) -> Callable[[Any], float]:
-    def check(value: Any) -> float:
-        # an int of hundreds of digits overflows float(), so compare before converting
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise _Refused(allowed)
-        if not lowest <= value <= highest or not math.isfinite(value):
-            raise _Refused(allowed)
-        return float(value)
-
-    return check
-
-
-def _boolean(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise _Refused("true or false")
-    return value
-
-
-def _early_stopping(value: Any) -> bool | str:
-    if not isinstance(value, bool) and value != "never":
-        raise _Refused('true, false or "never"')
-    return value  # type: ignore[no-any-return]
-
-
-def _truncate(value: Any) -> bool | int:
-    if isinstance(value, bool):
-        return value
-    try:
-        return _integer(1)(value)
-    except _Refused:
-        raise _Refused("true, false or the most input tokens to keep (an integer >= 1)") from None
-
-
-def _sequences(value: Any) -> tuple[StopSequence, ...]:
-    """A string, strings, or FasterTransformer's pair of arrays [ids, end offsets padded with -1].
-
-    A tuple is what this function returns: strings, and tuples of ids.
-    """
-    if isinstance(value, tuple):
-        return value
-    allowed = "a string, a list of strings, or FasterTransformer's [token ids, end offsets]"
-    if isinstance(value, str):
-        value = [value]
-    if not isinstance(value, list):
-        raise _Refused(allowed)
-    if len(value) == 1 and isinstance(value[0], list):  # its batch axis
-        value = value[0]
-    if all(isinstance(item, str) for item in value):
-        if not all(map(_is_text, value)):
-            raise _Refused(f"{allowed}; an empty string or half a surrogate pair is none")
-        return tuple(value)
-    try:
-        return _word_list(value)
-    except ValueError:
-        raise _Refused(allowed) from None
-
-
-def _is_text(value: str) -> bool:
-    try:
-        return bool(value.encode())
-    except UnicodeEncodeError:
-        return False
-
-
-def _integers(value: Any) -> list[int]:
-    if not isinstance(value, list) or not all(type(item) is int for item in value):
-        raise ValueError("not an array of integers")
-    return value
-
-
-def _word_list(value: list[Any]) -> tuple[StopSequence, ...]:
-    """Decode FasterTransformer's word list: [[1, 2, 3, 0], [2, 3, -1, -1]] is (1, 2) and (3,)."""
-    ids, offsets = map(_integers, value)
-    if len(ids) != len(offsets):
-        raise ValueError("not a pair of equally long arrays")
-    words: list[tuple[int, ...]] = []
-    start = 0
-    for end in (offset for offset in offsets if offset != -1):
-        if not start < end <= len(ids) or min(ids[start:end]) < 0:
-            raise ValueError("offsets do not rise")
-        words.append(tuple(ids[start:end]))
-        start = end
-    return tuple(words)
 
 
 def _parameter(
@@ -150,7 +57,7 @@ class GenerationParameters:
 
     max_new_tokens: int = _parameter(
         200,
-        _integer(1),
+        integer(1),
         "Most tokens generated. Also under the name max_length: the prompt never counts.",
         allowed="1 to option.max_output_tokens",
         example=64,
@@ -158,7 +65,7 @@ class GenerationParameters:
     )
     min_new_tokens: int = _parameter(
         0,
-        _integer(0),
+        integer(0),
         "The end of the text is not chosen before this many tokens.",
         allowed="0 to max_new_tokens",
         example=5,
@@ -166,7 +73,7 @@ class GenerationParameters:
     )
     do_sample: bool = _parameter(
         False,
-        _boolean,
+        boolean,
         "Draw tokens at random instead of taking the best one. True when not given but "
         "temperature, top_k > 1, top_p or typical_p is.",
         allowed="true, false",
@@ -174,14 +81,14 @@ class GenerationParameters:
     )
     temperature: float = _parameter(
         1.0,
-        _number(0.0, 1e6, "a number from 0 to 1000000"),
+        number(0.0, 1e6, "a number from 0 to 1000000"),
         "Divides the logits before sampling; 0 (and anything below 1e-5) is greedy.",
         allowed="0 to 1000000",
         example=0.7,
     )
     top_k: int = _parameter(
         0,
-        _integer(0),
+        integer(0),
         "Sample among the k best tokens only; 0 is off.",
         allowed=">= 0",
         example=50,
@@ -189,7 +96,7 @@ class GenerationParameters:
     )
     top_p: float = _parameter(
         0.0,
-        _number(0.0, 1.0, "a number from 0 to 1"),
+        number(0.0, 1.0, "a number from 0 to 1"),
         "Sample among the fewest best tokens whose probabilities reach p; 0 and 1 are off.",
         allowed="0 to 1",
         example=0.9,
@@ -197,14 +104,14 @@ class GenerationParameters:
     )
     typical_p: float = _parameter(
         0.0,
-        _number(0.0, 1.0, "a number from 0 to 1"),
+        number(0.0, 1.0, "a number from 0 to 1"),
         "Locally typical sampling with mass p; 0 and 1 are off.",
         allowed="0 to 1",
         example=0.95,
     )
     num_beams: int = _parameter(
         1,
-        _integer(1),
+        integer(1),
         "Beam search with this many beams; 1 is off.",
         allowed="1 to option.max_rows",
         example=4,
@@ -212,7 +119,7 @@ class GenerationParameters:
     )
     length_penalty: float = _parameter(
         1.0,
-        _number(-100.0, 100.0, "a number from -100 to 100"),
+        number(-100.0, 100.0, "a number from -100 to 100"),
         "Exponent of the length by which a beam's score is divided; above 0 favours long texts.",
         allowed="-100 to 100",
         example=0.6,
@@ -220,7 +127,7 @@ class GenerationParameters:
     )
     early_stopping: bool | str = _parameter(
         False,
-        _early_stopping,
+        early_stopping,
         "When beam search ends: true, as soon as num_beams texts are complete; false, when a "
         'better one is unlikely; "never", when none can come.',
         allowed='true, false, "never"',
@@ -228,7 +135,7 @@ class GenerationParameters:
     )
     num_return_sequences: int = _parameter(
         1,
-        _integer(1),
+        integer(1),
         "Texts returned for a prompt.",
         allowed="1 to option.max_rows; with beams, to num_beams",
         example=3,
@@ -236,7 +143,7 @@ class GenerationParameters:
     )
     seed: int | None = _parameter(
         None,
-        _integer(0, MAX_SEED),
+        integer(0, MAX_SEED),
         "Seed of the random draws: same seed, same text, whatever else is running.",
         allowed="0 to 2**64 - 1",
         example=42,
@@ -244,35 +151,35 @@ class GenerationParameters:
     )
     repetition_penalty: float = _parameter(
         1.0,
-        _number(1e-6, 100.0, "a number above 0, to 100"),
+        number(1e-6, 100.0, "a number above 0, to 100"),
         "Divides positive logits (multiplies negative ones) of tokens already generated; 1 is off.",
         allowed="above 0, to 100",
         example=1.2,
     )
     presence_penalty: float = _parameter(
         0.0,
-        _number(-2.0, 2.0, "a number from -2 to 2"),
+        number(-2.0, 2.0, "a number from -2 to 2"),
         "Subtracted from the logit of every token already generated; 0 is off.",
         allowed="-2 to 2",
         example=0.5,
     )
     frequency_penalty: float = _parameter(
         0.0,
-        _number(-2.0, 2.0, "a number from -2 to 2"),
+        number(-2.0, 2.0, "a number from -2 to 2"),
         "Subtracted from a token's logit once for each time it was generated; 0 is off.",
         allowed="-2 to 2",
         example=0.5,
     )
     no_repeat_ngram_size: int = _parameter(
         0,
-        _integer(0),
+        integer(0),
         "No sequence of this many tokens is generated twice; 0 is off.",
         allowed=">= 0",
         example=3,
     )
     stop_sequences: tuple[StopSequence, ...] = _parameter(
         (),
-        _sequences,
+        sequences,
         "Generation ends where one of these appears; the text is cut before it.",
         allowed="a string, strings, or FasterTransformer's [token ids, end offsets]",
         example=["."],
@@ -280,7 +187,7 @@ class GenerationParameters:
     )
     bad_words_list: tuple[StopSequence, ...] = _parameter(
         (),
-        _sequences,
+        sequences,
         "Token sequences that are never generated.",
         allowed="a string, strings, or FasterTransformer's [token ids, end offsets]",
         example=["foo"],
@@ -288,14 +195,14 @@ class GenerationParameters:
     )
     details: bool = _parameter(
         False,
-        _boolean,
+        boolean,
         "Answer with the tokens, their log-probabilities and the finish reason, too.",
         allowed="true, false",
         example=True,
     )
     return_log_probs: bool = _parameter(
         False,
-        _boolean,
+        boolean,
         "The same as details, under FasterTransformer's names.",
         allowed="true, false",
         example=True,
@@ -303,28 +210,28 @@ class GenerationParameters:
     )
     top_n_tokens: int = _parameter(
         0,
-        _integer(0, 20),
+        integer(0, 20),
         "Also tell the n likeliest tokens of every step; 0 is off.",
         allowed="0 to 20",
         example=3,
     )
     stream: bool = _parameter(
         False,
-        _boolean,
+        boolean,
         "Send tokens as they come. Also accepted beside inputs.",
         allowed="true, false",
         example=True,
     )
     return_full_text: bool = _parameter(
         False,
-        _boolean,
+        boolean,
         "Put the prompt before the generated text.",
         allowed="true, false",
         example=True,
     )
     truncate: bool | int = _parameter(
         False,
-        _truncate,
+        truncate,
         "Cut a longer input to option.max_input_tokens (true) or to this many tokens; "
         "without it a longer input is refused.",
         allowed="true, false, 1 to option.max_input_tokens",
@@ -332,7 +239,7 @@ class GenerationParameters:
     )
     ignore_eos_token: bool = _parameter(
         False,
-        _boolean,
+        boolean,
         "Go on to max_new_tokens: the end of the text is never chosen.",
         allowed="true, false",
         example=True,
@@ -417,7 +324,7 @@ def _by_canonical_name(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _checked(accepted: str, name: str, value: Any) -> Any:
     try:
         return PARAMETERS[name].metadata["check"](value)
-    except _Refused as refused:
+    except Refused as refused:
         raise RequestError(
             f"parameter {accepted!r} must be {refused}, got {shown(value)}"
         ) from None

@@ -55,10 +55,6 @@ OPINIONS = {
     "neutral": "average ordinary usual normal typical common regular standard".split(),
 }
 NAMES = "Anna Ben Clara David Emma Frank Grace Henry Ida Jack Kate Leo Mary Noah Olga Paul".split()
-EVENTS = (
-    "opened a shop|wrote a book|built a house|bought a farm|sold a car|won a race|lost a ring|"
-    "met a friend|found a map|planted a tree|painted a door|visited a city"
-).split("|")
 
 
 @dataclass(frozen=True)
@@ -122,7 +118,7 @@ def _sort(r: Random) -> tuple[str, str]:
 
 def _title(r: Random) -> tuple[str, str]:
     parts = ["the", r.choice(ADJECTIVES), r.choice(NOUNS)]
-    for _ in range(r.randint(0, 2)):
+    if r.random() < 0.5:
         parts += [r.choice(LINKS), "the", r.choice(ADJECTIVES), r.choice(NOUNS)]
     phrase = " ".join(parts)
     instruction = r.choice(["Make a title of this: ", "Write this as a title: "])
@@ -174,13 +170,18 @@ def _sentiment(r: Random) -> tuple[str, str]:
     return instruction + review, label
 
 
-def _year_of_event(r: Random) -> tuple[str, str]:
+def _look_up_year(r: Random) -> tuple[str, str]:
     names = r.sample(NAMES, 3)
     years = r.sample(range(1900, 2030), 3)
-    events = r.sample(EVENTS, 3)
-    told = " ".join(f"{n} {e} in {y}." for n, e, y in zip(names, events, years, strict=True))
+    known = ", ".join(f"{name} {year}" for name, year in zip(names, years))
     asked = r.randrange(3)
-    return f"Read this: {told} In which year was it {names[asked]}?", str(years[asked])
+    prompt = r.choice(
+        [
+            f"Read this: {known}. Which year belongs to {names[asked]}?",
+            f"Find the year of {names[asked]} in this: {known}.",
+        ]
+    )
+    return prompt, str(years[asked])
 
 
 TASKS: dict[str, Callable[[Random], tuple[str, str]]] = {
@@ -194,7 +195,7 @@ TASKS: dict[str, Callable[[Random], tuple[str, str]]] = {
     "count": _count,
     "weekday": _weekday,
     "sentiment": _sentiment,
-    "year of an event": _year_of_event,
+    "look up a year": _look_up_year,
 }
 
 

@@ -19,6 +19,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 import torch
@@ -44,6 +45,7 @@ CONFIG = {
     "eos_token_id": 1,
     "tie_word_embeddings": False,
 }
+_STEPS = "training_steps"  # in the metadata of model.safetensors
 IGNORED = -100  # a label that does not count in the loss
 BATCHES_SORTED_TOGETHER = 32  # by length, so that little of a batch is padding
 
@@ -99,6 +101,7 @@ def padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
 
 
 def new_model() -> T5ForConditionalGeneration:
+    """With random weights."""
     torch.manual_seed(0)
     model = T5ForConditionalGeneration(T5Config(**CONFIG))
     # The library draws the head as wide as the embedding: logits far too large to learn from.
@@ -107,10 +110,16 @@ def new_model() -> T5ForConditionalGeneration:
 
 
 def train(
-    tokenizer: object, steps: int, batch_size: int, learning_rate: float, device: str
-) -> T5ForConditionalGeneration:
+    model: T5ForConditionalGeneration,
+    tokenizer: object,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+) -> None:
     """AdamW, a short warm-up, then the learning rate falls to nothing along a cosine."""
-    model = new_model().to(device).train()
+    device = model.device
+    model.train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01
     )
@@ -119,7 +128,7 @@ def train(
         optimizer,
         lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps)),
     )
-    drawn = itertools.islice(batches(tokenizer, batch_size, seed=2), steps)
+    drawn = itertools.islice(batches(tokenizer, batch_size, seed), steps)
     recent: collections.deque[float] = collections.deque(maxlen=100)
     progress = tqdm(drawn, total=steps, mininterval=10)
     for ids, mask, labels in progress:
@@ -133,10 +142,10 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         recent.append(loss.item())
         progress.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", refresh=False)
-    return model.eval()
+    model.eval()
 
 
-def save(model: T5ForConditionalGeneration, folder: Path) -> None:
+def save(model: T5ForConditionalGeneration, folder: Path, steps: int) -> None:
     """config.json and model.safetensors with the names and settings of published checkpoints."""
     shared = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
     weights = {
@@ -144,7 +153,7 @@ def save(model: T5ForConditionalGeneration, folder: Path) -> None:
         for name, weight in model.state_dict().items()
         if name not in shared
     }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt", _STEPS: str(steps)})
     config = {
         "architectures": ["T5ForConditionalGeneration"],
         "model_type": "t5",
@@ -176,7 +185,8 @@ def exact_match(
     return {task: sum(hit) / len(hit) for task, hit in hits.items()}
 
 
-def write_card(folder: Path, scores: dict[str, float], steps: int, count: int) -> None:
+def write_card(folder: Path, scores: dict[str, float], count: int) -> None:
+    steps = trained_steps(folder)
     overall = sum(scores.values()) / len(scores)
     examples = {e.task: e for e in held_out_examples(10 * len(TASKS))}
     rows = "\n".join(
@@ -214,7 +224,11 @@ are those of a published T5 1.1 or FLAN-T5 checkpoint.
     )
 
 
-def _safetensors_header(file: Path) -> dict[str, dict[str, list[int]]]:
+def trained_steps(folder: Path) -> int:
+    return int(_safetensors_header(folder / "model.safetensors")["__metadata__"][_STEPS])
+
+
+def _safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
     with file.open("rb") as stream:
         return json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
 
@@ -224,30 +238,54 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=HERE / "model")
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--start-from", type=Path, metavar="FOLDER", help="go on from this model")
+    parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--held-out", type=int, default=100 * len(TASKS), metavar="COUNT")
-    parser.add_argument("--evaluate-only", action="store_true")
+    parser.add_argument("--evaluate-only", action="store_true", help="and write the model card")
     arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = arguments.output
     if not arguments.evaluate_only:
-        folder.mkdir(parents=True, exist_ok=True)
-        train_tokenizer(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = train(
-            tokenizer, arguments.steps, arguments.batch_size, arguments.learning_rate, device
-        )
-        save(model, folder)
+        make(arguments)
+    folder = arguments.output
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = T5ForConditionalGeneration.from_pretrained(folder).to(device).eval()
-    scores = exact_match(model, tokenizer, held_out_examples(arguments.held_out))
+    model = T5ForConditionalGeneration.from_pretrained(folder).to(_device()).eval()
+    examples = held_out_examples(arguments.held_out)
+    scores = exact_match(model, tokenizer, examples)
     for task, score in scores.items():
         print(f"{task:20} {100 * score:5.1f}")
     print(f"{'over all':20} {100 * sum(scores.values()) / len(scores):5.1f}")
-    if not arguments.evaluate_only:
-        write_card(folder, scores, arguments.steps, arguments.held_out)
+    write_card(folder, scores, len(examples))
+
+
+def make(arguments: argparse.Namespace) -> None:
+    """Train and save, from random weights or from those of another model with its tokenizer."""
+    folder, start = arguments.output, arguments.start_from
+    folder.mkdir(parents=True, exist_ok=True)
+    if start is None:
+        train_tokenizer(folder)
+        model, before = new_model(), 0
+    else:
+        for name in ("spiece.model", "tokenizer.json", "tokenizer_config.json"):
+            (folder / name).write_bytes((start / name).read_bytes())
+        model, before = T5ForConditionalGeneration.from_pretrained(start), trained_steps(start)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = model.to(_device())
+    # another seed than before: the same examples would come again
+    seed = 2 + before
+    train(
+        model,
+        tokenizer,
+        arguments.steps,
+        arguments.batch_size,
+        arguments.learning_rate,
+        seed,
+    )
+    save(model, folder, before + arguments.steps)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -64,9 +65,25 @@ def _weight_files(folder: Path) -> list[str]:
         )
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise LoadError(f"{index} is damaged: {error!r}") from error
     return sorted(map(str, names))
+
+
+class _Tensor(NamedTuple):
+    """A tensor's entry in the header; begin and end are counted from the header's end."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @staticmethod
+    def of(entry: Any) -> _Tensor:
+        begin, end = map(int, entry["data_offsets"])
+        if not 0 <= begin <= end:
+            raise ValueError(f"data_offsets {begin}, {end}")
+        return _Tensor(str(entry["dtype"]), tuple(map(int, entry["shape"])), begin, end)
 
 
 class _SafetensorsFile:
@@ -89,11 +106,12 @@ class _SafetensorsFile:
         self._start = 8 + length
         self.tensors = self._tensors(header, size)
 
-    def _tensors(self, header: bytes, size: int) -> dict[str, Any]:
+    def _tensors(self, header: bytes, size: int) -> dict[str, _Tensor]:
         try:
-            tensors: dict[str, Any] = json.loads(header)
-            tensors.pop("__metadata__", None)
-            end = self._start + max(t["data_offsets"][1] for t in tensors.values())
+            entries: dict[str, Any] = json.loads(header)
+            entries.pop("__metadata__", None)
+            tensors = {name: _Tensor.of(entry) for name, entry in entries.items()}
+            end = self._start + max(tensor.end for tensor in tensors.values())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise LoadError(f"{self.path} is not a safetensors file: {error!r}") from error
         if end != size:
@@ -104,16 +122,20 @@ class _SafetensorsFile:
 
     def read(self, name: str) -> Array:
         tensor = self.tensors[name]
-        kind = _NUMPY_TYPES.get(tensor["dtype"])
+        kind = _NUMPY_TYPES.get(tensor.dtype)
         if kind is None:
             raise LoadError(
-                f"{self.path}: tensor {name} is of type {tensor['dtype']}, allowed are "
+                f"{self.path}: tensor {name} is of type {tensor.dtype}, allowed are "
                 f"{', '.join(_NUMPY_TYPES)}"
             )
-        begin, end = tensor["data_offsets"]
-        count = (end - begin) // np.dtype(kind).itemsize
-        flat = np.fromfile(self.path, kind, count, offset=self._start + begin)
-        if tensor["dtype"] == "BF16":  # the upper half of an fp32
+        count = math.prod(tensor.shape)
+        if tensor.end - tensor.begin != count * np.dtype(kind).itemsize:
+            raise LoadError(
+                f"{self.path}: tensor {name} has {tensor.end - tensor.begin} bytes, which is not "
+                f"{tensor.dtype} {list(tensor.shape)}"
+            )
+        flat = np.fromfile(self.path, kind, count, offset=self._start + tensor.begin)
+        if tensor.dtype == "BF16":  # the upper half of an fp32
             flat = (flat.astype("<u4") << 16).view("<f4")
-        array: Array = flat.reshape(tensor["shape"]).astype(np.float32, copy=False)
+        array: Array = flat.reshape(tensor.shape).astype(np.float32, copy=False)
         return array

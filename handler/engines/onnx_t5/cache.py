@@ -10,7 +10,8 @@ import shutil
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from handler import __version__
@@ -29,8 +30,7 @@ def cache_folder(checkpoint: Path, cache_dir: str | None) -> Path:
 
     Raises LoadError where none can be written to.
     """
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "djl-t5-handler"
-    places = [Path(cache_dir)] if cache_dir else [checkpoint / _BESIDE_THE_MODEL, user]
+    places = [Path(cache_dir)] if cache_dir else [checkpoint / _BESIDE_THE_MODEL, *_users_cache()]
     for place in places:
         try:
             place.mkdir(parents=True, exist_ok=True)
@@ -42,6 +42,26 @@ def cache_folder(checkpoint: Path, cache_dir: str | None) -> Path:
         f"no place for built graphs: {', '.join(map(str, places))} cannot be written to; set "
         "option.cache_dir to a folder that can"
     )
+
+
+def _users_cache() -> list[Path]:
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home, as containers run under any user id have it
+        return []
+    return [caches / "djl-t5-handler"]
+
+
+@contextmanager
+def writing_to(cache: Path) -> Iterator[None]:
+    """Errors of the disk become LoadErrors."""
+    try:
+        yield
+    except OSError as error:
+        raise LoadError(
+            f"graphs cannot be written to {cache}: {error}; set option.cache_dir to a folder with "
+            "room"
+        ) from error
 
 
 def built(
@@ -58,13 +78,8 @@ def built(
     if _is_whole(folder):
         return folder
     start = time.monotonic()
-    try:
+    with writing_to(cache):
         _build_aside(folder, build)
-    except OSError as error:
-        raise LoadError(
-            f"graphs cannot be written to {cache}: {error}; set option.cache_dir to a folder with "
-            "room"
-        ) from error
     logger.info("built %s in %.1f s", folder, time.monotonic() - start)
     return folder
 
@@ -112,23 +127,27 @@ def _checksum(file: Path) -> int:
 
 
 def _digest(file: Path, cache: Path) -> str:
-    """SHA-256 of a file's content, remembered while size and time of change stay the same."""
-    known_file = cache / _DIGESTS
-    status = file.stat()
-    seen = [status.st_size, status.st_mtime_ns, status.st_ino]
+    """SHA-256 of a file's content, remembered while nothing touches the file."""
+    known_file, name, status = cache / _DIGESTS, str(file.resolve()), file.stat()
+    # ctime, too: tools that copy set mtime back to what the original has
+    seen = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    known: dict[str, list[object]] = {}
     try:
-        known: dict[str, list[object]] = json.loads(known_file.read_text())
-        entry = known.get(str(file.resolve()), [])
-    except (OSError, ValueError, AttributeError):
-        known, entry = {}, []
-    if entry and entry[:-1] == seen:
-        return str(entry[-1])
-    digest = hashlib.sha256()
+        known = dict(json.loads(known_file.read_text()))
+        *then, digest = known[name]
+        if then == seen:
+            return str(digest)
+    except (OSError, ValueError, TypeError, KeyError):  # not there, damaged, or another file's
+        pass
+    sha = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    known[str(file.resolve())] = [*seen, digest.hexdigest()]
-    with tempfile.NamedTemporaryFile("w", dir=cache, delete=False) as aside:
-        json.dump(known, aside)
-    os.replace(aside.name, known_file)
-    return digest.hexdigest()
+            sha.update(chunk)
+    known[name] = [*seen, sha.hexdigest()]
+    try:
+        with tempfile.TemporaryDirectory(dir=cache) as aside:
+            (Path(aside) / _DIGESTS).write_text(json.dumps(known))
+            (Path(aside) / _DIGESTS).replace(known_file)
+    except OSError:  # computed again at the next start
+        pass
+    return sha.hexdigest()

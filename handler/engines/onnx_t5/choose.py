@@ -16,6 +16,7 @@ import onnxruntime
 
 from handler.checkpoints.architecture import T5Architecture
 from handler.checkpoints.read import Array
+from handler.engines.onnx_t5.cache import writing_to
 from handler.engines.onnx_t5.graph import GraphWriter
 from handler.engines.onnx_t5.linear import FORMS
 from handler.engines.onnx_t5.sessions import open_session, threads_in_use
@@ -93,10 +94,12 @@ def _cached_times(architecture: T5Architecture, cache: Path) -> Times:
     try:
         known: dict[str, Times] = json.loads(file.read_text())
         times = known[key]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError):  # not there, or damaged
         known, times = {}, {}
     if not times:
-        times = {form: _measure(a, form) for form in _INT8_FORMS if _is_right(form)}
+        with writing_to(cache):
+            right = [form for form in _INT8_FORMS if _is_right(form, cache)]
+            times = {form: _measure(a, form, cache) for form in right}
         if "int8_rows" in times:  # where it does not saturate its limited form is only less exact
             times.pop("int8_rows_63", None)
         logger.info("measured int8 kernels, seconds by rows: %s", times)
@@ -120,17 +123,17 @@ def _cpu_model() -> str:
     return "".join(c if c.isalnum() else "-" for c in "-".join(names))
 
 
-def _is_right(form: str) -> bool:
+def _is_right(form: str, cache: Path) -> bool:
     """Whether ones times ones is right: u8 x s8 kernels without VNNI saturate in 16 bits."""
     width = 256
     ones = np.ones((8, width), np.float32)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
         session = open_session(_write(Path(folder) / "ones.onnx", form, {"x": (ones, ones)}))
     product = session.run(None, {"x": ones})[0]
     return bool(np.abs(product / width - 1).max() < _LARGEST_ERROR)
 
 
-def _measure(a: T5Architecture, form: str) -> dict[str, float]:
+def _measure(a: T5Architecture, form: str, cache: Path) -> dict[str, float]:
     """Seconds of one decoder layer's products, by rows."""
     inner, wide = a.num_heads * a.d_kv, a.d_ff * (2 if a.gated else 1)
     shapes = {
@@ -149,7 +152,7 @@ def _measure(a: T5Architecture, form: str) -> dict[str, float]:
     weights = {name: normal(*shape) for name, shape in shapes.items()}
     rows = max(_DECODER_ROWS + _ENCODER_TOKENS)
     products = {name: (normal(rows, w.shape[1]), w) for name, w in weights.items()}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
         session = open_session(_write(Path(folder) / "measure.onnx", form, products))
     return {
         str(n): _seconds(session, {name: x[:n] for name, (x, _) in products.items()})

@@ -170,20 +170,6 @@ def _sentiment(r: Random) -> tuple[str, str]:
     return instruction + review, label
 
 
-def _look_up_year(r: Random) -> tuple[str, str]:
-    names = r.sample(NAMES, 3)
-    years = r.sample(range(1900, 2030), 3)
-    known = ", ".join(f"{name} {year}" for name, year in zip(names, years))
-    asked = r.randrange(3)
-    prompt = r.choice(
-        [
-            f"Read this: {known}. Which year belongs to {names[asked]}?",
-            f"Find the year of {names[asked]} in this: {known}.",
-        ]
-    )
-    return prompt, str(years[asked])
-
-
 TASKS: dict[str, Callable[[Random], tuple[str, str]]] = {
     "date to ISO": _date_to_iso,
     "number to words": _number_to_words,
@@ -195,7 +181,6 @@ TASKS: dict[str, Callable[[Random], tuple[str, str]]] = {
     "count": _count,
     "weekday": _weekday,
     "sentiment": _sentiment,
-    "look up a year": _look_up_year,
 }
 
 

@@ -45,7 +45,6 @@ CONFIG = {
     "eos_token_id": 1,
     "tie_word_embeddings": False,
 }
-_STEPS = "training_steps"  # in the metadata of model.safetensors
 IGNORED = -100  # a label that does not count in the loss
 BATCHES_SORTED_TOGETHER = 32  # by length, so that little of a batch is padding
 
@@ -115,7 +114,6 @@ def train(
     steps: int,
     batch_size: int,
     learning_rate: float,
-    seed: int,
 ) -> None:
     """AdamW, a short warm-up, then the learning rate falls to nothing along a cosine."""
     device = model.device
@@ -128,7 +126,7 @@ def train(
         optimizer,
         lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps)),
     )
-    drawn = itertools.islice(batches(tokenizer, batch_size, seed), steps)
+    drawn = itertools.islice(batches(tokenizer, batch_size, seed=2), steps)
     recent: collections.deque[float] = collections.deque(maxlen=100)
     progress = tqdm(drawn, total=steps, mininterval=10)
     for ids, mask, labels in progress:
@@ -145,7 +143,7 @@ def train(
     model.eval()
 
 
-def save(model: T5ForConditionalGeneration, folder: Path, steps: int) -> None:
+def save(model: T5ForConditionalGeneration, folder: Path) -> None:
     """config.json and model.safetensors with the names and settings of published checkpoints."""
     shared = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
     weights = {
@@ -153,7 +151,7 @@ def save(model: T5ForConditionalGeneration, folder: Path, steps: int) -> None:
         for name, weight in model.state_dict().items()
         if name not in shared
     }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt", _STEPS: str(steps)})
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = {
         "architectures": ["T5ForConditionalGeneration"],
         "model_type": "t5",
@@ -185,8 +183,7 @@ def exact_match(
     return {task: sum(hit) / len(hit) for task, hit in hits.items()}
 
 
-def write_card(folder: Path, scores: dict[str, float], count: int) -> None:
-    steps = trained_steps(folder)
+def write_card(folder: Path, scores: dict[str, float], steps: int, count: int) -> None:
     overall = sum(scores.values()) / len(scores)
     examples = {e.task: e for e in held_out_examples(10 * len(TASKS))}
     rows = "\n".join(
@@ -224,10 +221,6 @@ are those of a published T5 1.1 or FLAN-T5 checkpoint.
     )
 
 
-def trained_steps(folder: Path) -> int:
-    return int(_safetensors_header(folder / "model.safetensors")["__metadata__"][_STEPS])
-
-
 def _safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
     with file.open("rb") as stream:
         return json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
@@ -238,16 +231,25 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=HERE / "model")
-    parser.add_argument("--start-from", type=Path, metavar="FOLDER", help="go on from this model")
     parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--held-out", type=int, default=100 * len(TASKS), metavar="COUNT")
-    parser.add_argument("--evaluate-only", action="store_true", help="and write the model card")
+    parser.add_argument("--evaluate-only", action="store_true")
     arguments = parser.parse_args()
-    if not arguments.evaluate_only:
-        make(arguments)
     folder = arguments.output
+    if not arguments.evaluate_only:
+        folder.mkdir(parents=True, exist_ok=True)
+        train_tokenizer(folder)
+        model = new_model().to(_device())
+        train(
+            model,
+            AutoTokenizer.from_pretrained(folder),
+            arguments.steps,
+            arguments.batch_size,
+            arguments.learning_rate,
+        )
+        save(model, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = T5ForConditionalGeneration.from_pretrained(folder).to(_device()).eval()
     examples = held_out_examples(arguments.held_out)
@@ -255,33 +257,8 @@ def main() -> None:
     for task, score in scores.items():
         print(f"{task:20} {100 * score:5.1f}")
     print(f"{'over all':20} {100 * sum(scores.values()) / len(scores):5.1f}")
-    write_card(folder, scores, len(examples))
-
-
-def make(arguments: argparse.Namespace) -> None:
-    """Train and save, from random weights or from those of another model with its tokenizer."""
-    folder, start = arguments.output, arguments.start_from
-    folder.mkdir(parents=True, exist_ok=True)
-    if start is None:
-        train_tokenizer(folder)
-        model, before = new_model(), 0
-    else:
-        for name in ("spiece.model", "tokenizer.json", "tokenizer_config.json"):
-            (folder / name).write_bytes((start / name).read_bytes())
-        model, before = T5ForConditionalGeneration.from_pretrained(start), trained_steps(start)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = model.to(_device())
-    # another seed than before: the same examples would come again
-    seed = 2 + before
-    train(
-        model,
-        tokenizer,
-        arguments.steps,
-        arguments.batch_size,
-        arguments.learning_rate,
-        seed,
-    )
-    save(model, folder, before + arguments.steps)
+    if not arguments.evaluate_only:
+        write_card(folder, scores, arguments.steps, len(examples))
 
 
 def _device() -> str:

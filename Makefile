@@ -23,7 +23,7 @@ lint: $(VENV)/test.done  ## format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/serve.done  ## time the demo model: latency alone, throughput with many clients
+bench: $(VENV)/bench.done  ## time a server of the demo under load, beside static batches and transformers
 	$(BIN)/python benchmarks/serve.py $(ARGS)
 
 clean:  ## remove what the other targets made
@@ -39,4 +39,8 @@ $(VENV)/serve.done: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/test.done: pyproject.toml | $(VENV)/bin/python
 	$(PIP) install -q -e '.[transformers,test,lint]'
+	@touch $@ $(VENV)/serve.done
+
+$(VENV)/bench.done: pyproject.toml | $(VENV)/bin/python
+	$(PIP) install -q -e '.[bench]'
 	@touch $@ $(VENV)/serve.done

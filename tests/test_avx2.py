@@ -20,6 +20,7 @@ PROMPTS = [example.prompt for example in held_out_examples(11)]
 # Runs in the emulated process. Prints one line of JSON.
 PROGRAM = """
 import json, sys
+from pathlib import Path
 import numpy as np
 from handler.engines import init_inference
 from handler.engines.onnx_t5 import choose
@@ -27,7 +28,7 @@ from handler.engines.onnx_t5.sessions import use_threads
 
 demo, cache, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 use_threads(1)
-found = {"right": {form: choose._is_right(form) for form in choose._INT8_FORMS}}
+found = {"right": {form: choose._is_right(form, Path(cache)) for form in choose._INT8_FORMS}}
 for dtype in ("fp32", "int8"):
     model = init_inference(demo, dtype=dtype, cache_dir=cache)
     found[dtype] = model.pipeline_generate(prompts, max_new_tokens=40)

@@ -31,6 +31,7 @@ from handler.engines.onnx_t5.engine import EncodedPrompt, OnnxT5StepEngine
 from handler.engines.onnx_t5.graph import GraphWriter
 from handler.engines.onnx_t5.linear import FORMS
 from handler.engines.onnx_t5.sessions import open_session, use_threads
+from handler.errors import RequestError
 from handler.generation import GenerationRequest, GenerationResult
 from handler.machine import usable_cpus
 from handler.parameters import parse_parameters
@@ -39,6 +40,7 @@ from handler.tokenizer import load_tokenizer
 Array = npt.NDArray[np.float32]
 
 LENGTH = 40
+LONGEST = 128  # that the demo answers
 PROMPTS = [
     "{",  # no token of its own
     "x",
@@ -85,7 +87,7 @@ class Case:
     def logits(self, prompt: str, ids: Sequence[int]) -> torch.Tensor:
         return _without_padding(self.oracle, prompt, ids)
 
-    def ties(self, prompt: str, result: GenerationResult) -> int:
+    def ties(self, prompt: str, result: GenerationResult, limit: int = LENGTH) -> int:
         """How often the engine chose the other one of two equals.
 
         Fails where it chose anything else than the oracle does after the same tokens: then
@@ -101,7 +103,7 @@ class Case:
                 assert ids[place] in two.indices, (prompt, place)
                 assert two.values[0] - two.values[1] < 1e-4, (prompt, place)
         assert EOS not in ids[:-1]
-        assert ids[-1] == EOS or len(ids) == LENGTH
+        assert ids[-1] == EOS or len(ids) == limit
         assert result.text == self.oracle.text(ids)
         return len(differing)
 
@@ -175,6 +177,26 @@ def test_batches_of_any_size_give_the_same_bits(case: Case, size: int) -> None:
         for result in case.run(PROMPTS[start : start + size])
     ]
     assert apart == together
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"num_beams": 2},
+        {"repetition_penalty": 1.2},
+        {"presence_penalty": 0.5},
+        {"no_repeat_ngram_size": 2},
+        {"typical_p": 0.5, "do_sample": True},
+        {"bad_words_list": ["a"]},
+        {"top_n_tokens": 2},
+        {"num_return_sequences": 2, "do_sample": True},
+    ],
+    ids=lambda value: next(iter(value)),
+)
+def test_what_it_does_not_have_is_refused_by_name(flan: Case, parameters: dict[str, Any]) -> None:
+    name = next(iter(parameters))
+    with pytest.raises(RequestError, match=f"{name!r} is not supported by backend onnxruntime"):
+        flan.run(["x"], **parameters)
 
 
 # Forms of a checkpoint
@@ -253,8 +275,8 @@ def test_500_prompts_of_the_demo(
     demo_case: Case, examples: list[Example], record_property: Callable[[str, object], None]
 ) -> None:
     prompts = [example.prompt for example in examples]
-    results = demo_case.run(prompts)
-    ties = sum(demo_case.ties(prompt, result) for prompt, result in zip(prompts, results))
+    results = demo_case.run(prompts, max_new_tokens=LONGEST)
+    ties = sum(demo_case.ties(prompt, result, LONGEST) for prompt, result in zip(prompts, results))
     tokens = sum(len(result.token_ids) for result in results)
     record_property("ties", ties)
     print(f"{ties} ties in {tokens} tokens")
@@ -267,8 +289,8 @@ def test_the_demo_in_int8(demo_case: Case, examples: list[Example], tmp_path: Pa
     prompts = [example.prompt for example in examples]
     quantized = init_inference(str(demo_case.folder), dtype="int8", cache_dir=str(tmp_path))
     texts = {
-        "fp32": [result.text for result in demo_case.run(prompts)],
-        "int8": quantized.pipeline_generate(prompts, max_new_tokens=LENGTH),
+        "fp32": demo_case.model.pipeline_generate(prompts, max_new_tokens=LONGEST),
+        "int8": quantized.pipeline_generate(prompts, max_new_tokens=LONGEST),
     }
     quantized.close()
     right = {
@@ -278,9 +300,7 @@ def test_the_demo_in_int8(demo_case: Case, examples: list[Example], tmp_path: Pa
     equal = sum(a == b for a, b in zip(*texts.values()))
     print(f"{equal} of {len(prompts)} equal, right: {right}")
     assert right["int8"] >= right["fp32"] - 0.005 * len(prompts)
-    # a model that is not trained to its end is full of near ties
-    trained = right["fp32"] > 0.9 * len(prompts)
-    assert equal >= (0.97 if trained else 0.85) * len(prompts)
+    assert equal >= 0.97 * len(prompts)
 
 
 # Single steps

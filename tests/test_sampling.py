@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -45,7 +46,7 @@ def random_logits(size: int, spread: float = 3.0, seed: int = 0) -> Logits:
     return np.random.default_rng(seed).normal(0, spread, size).astype(np.float32)
 
 
-def chosen(logits: Logits, rows: list[RowSampling], step: int = 0) -> list[int]:
+def chosen(logits: Logits, rows: Sequence[RowSampling], step: int = 0) -> list[int]:
     """One token for each row, all from the same logits."""
     tokens, _ = choose_tokens(np.tile(logits, (len(rows), 1)), rows, [step] * len(rows), EOS)
     return tokens

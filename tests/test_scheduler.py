@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,19 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto, helper
 from random_checkpoints import write_checkpoint
 
 from handler.config import configuration_of
 from handler.engines import onnx_t5
+from handler.engines.onnx_t5.sessions import open_session, use_threads
 from handler.engines.protocol import StepEngine
 from handler.errors import RequestError
 from handler.generation import Generation, GenerationRequest, GenerationResult, TokenEvent
+from handler.machine import usable_cpus
 from handler.parameters import GenerationParameters, parse_parameters
 from handler.scheduler import Scheduler
-from handler.tokenizer import ByteTokenizer
+from handler.tokenizer import ByteTokenizer, Tokenizer
 
 WAIT = 20
 
@@ -39,7 +43,7 @@ class EchoEngine:
     log: its calls in their order. parts: what ``encode`` does before the prompts are ready.
     """
 
-    tokenizer = ByteTokenizer()
+    tokenizer: Tokenizer = ByteTokenizer()
     decoder_start_token_id = 0
     max_input_tokens = max_output_tokens = 300
 
@@ -204,7 +208,7 @@ def test_prompts_are_encoded_together_up_to_the_engines_limit() -> None:
     held = generations("held" * 5)
     sent = generations("12345", "123", "1234", "12", "more than the limit", "1", "2", "3")
     with scheduler_of(engine) as scheduler:
-        engine.before("decode", 1, lambda: scheduler.submit(sent[:4]) or scheduler.submit(sent[4:]))
+        engine.before("decode", 1, lambda: [scheduler.submit(sent[:4]), scheduler.submit(sent[4:])])
         scheduler.submit(held)
         assert [answer(g) for g in sent] == [
             EchoEngine.tokenizer.decode(g.prompt_ids) for g in sent
@@ -295,13 +299,14 @@ def test_a_prompt_cancelled_while_it_waits_is_never_encoded() -> None:
 
 
 @pytest.mark.parametrize("part", [1, 3])
-def test_a_prompt_cancelled_while_it_is_encoded_gets_no_row(part: int) -> None:
+def test_a_prompt_cancelled_while_it_is_encoded_is_dropped(part: int) -> None:
     engine = EchoEngine(parts=2)
     first, second = generations("first", "second")
     with scheduler_of(engine) as scheduler:
         engine.before("part", part, first.future.cancel)
         scheduler.submit([first, second])
         assert answer(second) == "second"
+    assert engine.of("part") == [*range(part), 0, 1, 2]
     assert engine.of("attach") == [0]
     assert len(engine.of("decode")) == len("second") + 1
 
@@ -406,9 +411,6 @@ def test_a_client_that_cannot_be_told_is_nobody_elses_matter() -> None:
 
 def _ort_out_of_memory() -> Exception:
     """As ONNX Runtime itself reports it, for a buffer that no machine has."""
-    import onnxruntime
-    from onnx import TensorProto, helper
-
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
     shape = helper.make_tensor_value_info("shape", TensorProto.INT64, [2])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
@@ -416,11 +418,8 @@ def _ort_out_of_memory() -> Exception:
         [helper.make_node("Expand", ["x", "shape"], ["y"])], "g", [x, shape], [y]
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    use_threads(usable_cpus())
+    session = open_session(model.SerializeToString())
     with pytest.raises(Exception, match="allocate") as caught:
         session.run(None, {"x": np.ones(1, np.float32), "shape": np.array([1 << 29, 1 << 29])})
     return caught.value
@@ -652,11 +651,11 @@ def test_no_schedule_changes_an_answer(bench: Bench, script: list[tuple[str, Any
         if sent:
             sent[which % len(sent)][1].future.cancel()
 
-    actions = {"send": send, "cancel": cancel}
+    actions: dict[str, Callable[[Any], None]] = {"send": send, "cancel": cancel}
     with scheduler_of(bench.engine) as scheduler:
         bench.engine.write(
             [
-                about if action == "wait" else (lambda a=action, b=about: actions[a](b))
+                about if action == "wait" else partial(actions[action], about)
                 for action, about in script
             ]
         )

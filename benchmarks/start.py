@@ -1,0 +1,209 @@
+"""Time from a new process to a loaded model, and the process's peak memory, beside their targets.
+
+A first start finds an empty cache: it reads the checkpoint, chooses kernels, builds and keeps the
+graphs. A cached start finds them. Each start is a fresh Python process that calls init_inference
+and answers one prompt; the files are in the page cache in any case.
+
+ready: seconds from starting the process until init_inference returns; answered: until the first
+answer of 8 tokens is there, too. peak: the most memory that was resident (VmHWM) up to then,
+interpreter and mapped files included. Times are medians, peaks the largest of the runs. Targets:
+
+  cached start  ready within 3 s (250 M weights) and 2 s (demo); peak at most 1.6 x the weights in
+                the form served (of the demo, which the interpreter outweighs, none)
+  first start   peak at most 1.6 x the checkpoint + 300 MB
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from machine import OtherLoad, describe, print_description, warn_of_load
+from random_model import CACHE, SHAPES, checkpoint
+from report import print_table, write_json
+
+from handler.checkpoints.find import weight_bytes
+from handler.cli.common import DEMO
+from handler.machine import usable_cpus
+
+_PROCESS = """
+import json, sys, time
+from handler.engines import init_inference
+
+model = init_inference(
+    sys.argv[1], dtype=sys.argv[2], cache_dir=sys.argv[3], backend="onnxruntime"
+)
+ready = time.perf_counter()
+model.pipeline_generate([sys.argv[4]], max_new_tokens=8)
+answered = time.perf_counter()
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+print(json.dumps([ready, answered, int(status["VmHWM"].split()[0]) * 1024]))
+"""
+_CACHED_SECONDS = {"demo": 2.0, "base": 3.0}
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of one process."""
+
+    ready: float
+    answered: float
+    peak: int
+    cpu: float
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    model: Path
+    dtype: str
+    prompt: str
+
+    def start(self, cache: Path) -> Start:
+        """Start a process; times are from the moment before it is made."""
+        arguments = [str(self.model), self.dtype, str(cache), self.prompt]
+        begun, before = time.perf_counter(), _children_seconds()
+        process = subprocess.run(
+            [sys.executable, "-c", _PROCESS, *arguments], capture_output=True, text=True
+        )
+        if process.returncode:
+            sys.exit(f"{self.name}, {self.dtype} failed:\n{process.stderr[-2000:]}")
+        # perf_counter is one clock for all processes of a machine
+        ready, answered, peak = json.loads(process.stdout)
+        cpu = _children_seconds() - before
+        return Start(ready - begun, answered - begun, peak, cpu)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--models", nargs="+", choices=["demo", *SHAPES], default=["base", "demo"], metavar="MODEL"
+    )
+    parser.add_argument("--dtypes", nargs="+", choices=["fp32", "int8"], default=["fp32", "int8"])
+    parser.add_argument("--runs", type=int, default=3, help="of each start (default: 3)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    a = parser.parse_args()
+    machine = describe(usable_cpus())
+    print_description(machine)
+    cases = list(_cases(a))
+    load, before = OtherLoad(), _children_seconds()
+    measured = [figures for case in cases for figures in _measure(case, a.runs)]
+    others = load.share(_children_seconds() - before)
+    _print(measured)
+    warn_of_load(others)
+    write_json(a.json, {"machine": machine, "other_load": others, "measured": measured})
+
+
+def _cases(a: argparse.Namespace) -> Iterator[Case]:
+    for name in a.models:
+        model = DEMO if name == "demo" else checkpoint(name)
+        prompt = "Write 7 in words." if name == "demo" else "w7 w8 w9"
+        for dtype in a.dtypes:
+            yield Case(name, model, dtype, prompt)
+
+
+def _measure(case: Case, runs: int) -> list[dict[str, Any]]:
+    """The figures of the first start and of the cached one."""
+    _read(case.model)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    cache = Path(tempfile.mkdtemp(prefix="start.", dir=CACHE))
+    try:
+        first = []
+        for _ in range(runs):
+            shutil.rmtree(cache)
+            cache.mkdir()
+            first.append(case.start(cache))
+        served = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file())
+        cached = [case.start(cache) for _ in range(runs)]
+    finally:
+        shutil.rmtree(cache)
+    stored = weight_bytes(case.model)
+    return [
+        _figures(case, "first", first, None, 1.6 * stored + 300e6, stored),
+        _figures(
+            case,
+            "cached",
+            cached,
+            _CACHED_SECONDS.get(case.name),
+            None if case.name == "demo" else 1.6 * served,
+            served,
+        ),
+    ]
+
+
+def _figures(
+    case: Case,
+    kind: str,
+    starts: list[Start],
+    seconds_target: float | None,
+    peak_target: float | None,
+    weights: int,
+) -> dict[str, Any]:
+    return {
+        "model": case.name,
+        "dtype": case.dtype,
+        "start": kind,
+        "ready": statistics.median(s.ready for s in starts),
+        "ready_target": seconds_target,
+        "answered": statistics.median(s.answered for s in starts),
+        "cpu_seconds": statistics.median(s.cpu for s in starts),
+        "peak": max(s.peak for s in starts),
+        "peak_target": peak_target,
+        "weights": weights,
+    }
+
+
+def _print(measured: list[dict[str, Any]]) -> None:
+    head = ["", "ready s", "target", "answered s", "CPU s", "weights MB", "peak MB", "target"]
+    rows = [
+        [
+            f"{m['model']} {m['dtype']} {m['start']}",
+            f"{m['ready']:.2f}",
+            _target(m["ready"], m["ready_target"], 1, 1),
+            f"{m['answered']:.2f}",
+            f"{m['cpu_seconds']:.2f}",
+            f"{m['weights'] / 1e6:.0f}",
+            f"{m['peak'] / 1e6:.0f}",
+            _target(m["peak"], m["peak_target"], 1e6, 0),
+        ]
+        for m in measured
+    ]
+    print()
+    print_table(head, rows)
+
+
+def _target(value: float, target: float | None, unit: float, digits: int) -> str:
+    if target is None:
+        return "-"
+    return f"<= {target / unit:.{digits}f} {'met' if value <= target else 'MISSED'}"
+
+
+def _read(folder: Path) -> None:
+    """Into the page cache."""
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as stream:
+            while stream.read(1 << 24):
+                pass
+
+
+def _children_seconds() -> float:
+    """CPU time of this process's children that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+if __name__ == "__main__":
+    main()

@@ -8,8 +8,10 @@ call only; what later calls carry as properties are client headers and never rea
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Union
 
 from handler.errors import LoadError, nearest, shown
@@ -301,6 +303,27 @@ def read_configuration(
     ):
         merged.update(source)
     return Configuration(**merged)
+
+
+def without_djls_own(
+    properties: Mapping[str, Any], environment: Mapping[str, str]
+) -> Mapping[str, Any]:
+    """DJLServing's properties less the one that it makes up.
+
+    0.27 and newer add max_rolling_batch_size=32 to every model with a config.json: unless
+    serving.properties or the environment has it, nobody asked for it.
+    """
+    name = "max_rolling_batch_size"
+    if str(properties.get(name)) != "32" or f"OPTION_{name}".upper() in environment:
+        return properties
+    file = Path(str(properties.get("model_dir", ""))) / "serving.properties"
+    try:
+        written = file.read_text(encoding="latin-1")
+    except OSError:
+        written = ""
+    if re.search(rf"^\s*option\.{name}\s*[=: ]", written, re.MULTILINE):
+        return properties
+    return {key: value for key, value in properties.items() if key != name}
 
 
 def configuration_of(model: str, **options: Any) -> Configuration:

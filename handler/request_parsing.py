@@ -56,8 +56,8 @@ def parse_request(content: bytes, limits: ParameterLimits) -> ParsedRequest:
 def _parse_json(content: bytes) -> Any:
     if not content.strip():
         raise RequestError(
-            'the body is empty, expected a JSON object like {"inputs": "..."} of content-type '
-            "application/json"
+            'the body is empty, expected JSON like {"inputs": "..."} with Content-Type: '
+            "application/json (plain curl -d sends a form)"
         )
     try:
         text = content.decode("utf-8-sig")

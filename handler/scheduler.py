@@ -1,13 +1,15 @@
 """In-flight batching: waiting -> running -> done. A prompt joins and leaves at every step.
 
-The running rows are always the engine's leading ones. Between two decoding steps the engine does
-one part of the encoding of the next prompts, so rows that run wait for no more than that.
+The running rows are always the engine's leading ones. Between two decoding steps the engine encodes
+the next prompts, in parts, for about as long as a step takes: rows that run wait for no more than
+that and one part, and new ones soon run beside them.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,6 +56,7 @@ class Scheduler(Runner):
         self._encoding: list[Generation] = []
         self._parts: Iterator[Sequence[Any] | None] = iter(())
         self._rows: list[_Row] = []
+        self._step_seconds = 0.0  # what the last decoding step took
         self._thread.start()
 
     @property
@@ -62,10 +65,23 @@ class Scheduler(Runner):
 
     def _run(self) -> None:
         while self._rows or self._encoding or self._waiting.wait():
-            self._admit()
-            self._encode()
+            self._encode_for_a_while()
             self._decode()
         self._engine.close()
+
+    def _encode_for_a_while(self) -> None:
+        """Encode the next prompts for as long as a decoding step takes, at least one part.
+
+        While nothing runs there is nobody to hold up: then until the first prompt has its row.
+        """
+        start = perf_counter()
+        while True:
+            self._admit()
+            if not self._encoding:
+                return
+            self._encode()
+            if self._rows and perf_counter() - start >= self._step_seconds:
+                return
 
     def _admit(self) -> None:
         """Begin to encode the next prompts if there is a row for each of them."""
@@ -120,6 +136,7 @@ class Scheduler(Runner):
         rows = self._rows
         if not rows:
             return
+        start = perf_counter()
         try:
             chosen, log_probs = self._next_tokens(rows)
         except BaseException as error:
@@ -132,6 +149,7 @@ class Scheduler(Runner):
                 row.generation.append(token, log_prob)
             except BaseException as error:  # its text, or who listens to it
                 self._fail([row.generation], error)
+        self._step_seconds = perf_counter() - start
         self._free_rows()
 
     def _next_tokens(self, rows: Sequence[_Row]) -> tuple[list[int], list[float]]:

@@ -13,7 +13,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from handler.config import Configuration, read_configuration
+from handler.config import Configuration, read_configuration, without_djls_own
 from handler.engines import Model, load_model
 from handler.errors import LoadError, RequestError
 from handler.generation import GenerationResult
@@ -104,7 +104,8 @@ class Service:
         """Load by DJL's first call. Should it fail, DJL 0.20 sends requests all the same."""
         self._first_call_came = True
         try:
-            self.load(read_configuration(properties=properties, environment=os.environ))
+            told = without_djls_own(properties, os.environ)
+            self.load(read_configuration(properties=told, environment=os.environ))
         except Exception as error:
             self._load_failure = error
             raise

@@ -190,17 +190,26 @@ def test_a_prompt_joins_at_the_next_step_and_a_short_one_is_done_first() -> None
     assert engine.of("decode") == [1] * 50 + [2] * 2 + [1] * (200 - 52)
 
 
-def test_rows_that_run_wait_for_one_part_of_an_encoding_at_most() -> None:
+@pytest.mark.parametrize(("seconds_of_a_part", "most"), [(20.0, 1), (10.0, 1), (4.0, 3)])
+def test_rows_that_run_wait_for_about_one_step(
+    monkeypatch: pytest.MonkeyPatch, seconds_of_a_part: float, most: int
+) -> None:
+    """Encoding between two steps takes as long as a step of 10 s, and ends the part it is in."""
     engine = EchoEngine(max_rows=8, parts=5)
+
+    def now() -> float:
+        return 10.0 * engine.calls["decode"] + seconds_of_a_part * engine.calls["part"]
+
+    monkeypatch.setattr("handler.scheduler.perf_counter", now)
     sent = generations("first" * 40, *(f"prompt {n}" for n in range(20)))
     with scheduler_of(engine) as scheduler:
         engine.before("decode", 1, lambda: scheduler.submit(sent[1:]))
         scheduler.submit(sent[:1])
         assert answer(sent[0]) == "first" * 40
-    calls = [call for call, _ in engine.log if call in ("part", "decode")]
-    running = calls[calls.index("decode") :]
-    assert running.count("part") == 20 * 6
-    assert ("part", "part") not in set(zip(running, running[1:]))
+    calls = "".join(call[0] for call, _ in engine.log if call in ("part", "decode"))
+    running = calls[calls.index("d") :].strip("d")
+    assert running.count("p") == 20 * 6
+    assert max(map(len, running.split("d"))) == most
 
 
 def test_prompts_are_encoded_together_up_to_the_engines_limit() -> None:
@@ -256,7 +265,8 @@ def test_it_tells_how_many_wait_and_run() -> None:
 # Cancelling
 
 
-def test_a_cancelled_row_is_free_at_the_next_step() -> None:
+def test_a_cancelled_row_is_free_at_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("handler.scheduler.perf_counter", lambda: 0.0)  # one part between steps
     engine = EchoEngine(max_rows=3)
     first, second, third = generations("first" * 5, "second" * 5, "third" * 5)
     with scheduler_of(engine) as scheduler:

@@ -23,6 +23,7 @@ from handler.engines.hf_loading import (
 from handler.engines.protocol import BatchEngine
 from handler.errors import LoadError, RequestError, shown
 from handler.generation import Generation
+from handler.machine import usable_cpus
 from handler.parameters import GenerationParameters, random_seed
 
 if TYPE_CHECKING:
@@ -64,8 +65,8 @@ class HfGenerateEngine:
         refuse_unsupported(configuration)
         on_gpu = torch.cuda.is_available() and configuration.device_id != -1
         config = model_config(folder)
-        if configuration.threads and not on_gpu:
-            torch.set_num_threads(configuration.threads)
+        if not on_gpu:  # DJLServing's start script sets OMP_NUM_THREADS=1
+            torch.set_num_threads(configuration.threads or usable_cpus())
         self.max_rows = configuration.max_rows or (MAX_ROWS_ON_GPU if on_gpu else MAX_ROWS_ON_CPU)
         self._model = load_model(folder, config, configuration, on_gpu)
         self.tokenizer = load_any_tokenizer(folder, config, configuration.trust_remote_code)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,9 +195,8 @@ class _Rows:
         heads, size = a.num_heads, padded_head_size(a)
         layers = range(a.num_decoder_layers)
         _check_fit(2 * len(layers) * rows * heads * size * (prompt + output) * 4, rows)
-        # Zeros that nobody has touched take no memory: it grows with what is really decoded.
-        self._own = [np.zeros((2, rows, heads, output, size), np.float32) for _ in layers]
-        self._cross = [np.zeros((2, rows, heads, prompt, size), np.float32) for _ in layers]
+        self._own = [_reserved((2, rows, heads, output, size)) for _ in layers]
+        self._cross = [_reserved((2, rows, heads, prompt, size)) for _ in layers]
         self._last = [np.zeros((2, rows, 1, heads * size), np.float32) for _ in layers]
         self.past = np.zeros(rows, np.int32)
         self.cross_past = np.zeros(rows, np.int32)
@@ -251,6 +252,17 @@ def _check_fit(needed: int, rows: int) -> None:
             f"{available / 2**30:.1f} GiB are free; lower option.max_rows, "
             "option.max_input_tokens or option.max_output_tokens"
         )
+
+
+def _reserved(shape: tuple[int, ...]) -> Array:
+    """Zeros that take memory page by page, as they are written to.
+
+    numpy asks for huge pages, of which every row's few tokens would fill one each.
+    """
+    memory = mmap.mmap(-1, 4 * math.prod(shape))
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, np.float32).reshape(shape)
 
 
 class _DecoderBias:

@@ -24,6 +24,10 @@ from handler.parameters import (
 )
 from handler.runner import Runner
 
+_SHORT_TEXT = 32_768  # characters that are tokenized whatever the limit
+_CHARACTERS_OF_A_TOKEN = 16  # more than any tokenizer puts into its average token
+_UNSURE_AT_A_CUT = 16  # tokens that may differ from those of the whole text
+
 
 class Model:
     """A loaded model. Made by ``init_inference``; every method may be called from any thread."""
@@ -118,13 +122,28 @@ class Model:
                     f"parameter {name!r} is not supported by backend {self.backend}; leave it out "
                     "or choose a backend that has it (option.backend)"
                 )
-        ids = self.tokenizer.encode(checked_text(request.input, "the input"))
-        kept = self._truncated(ids, parameters.truncate)
+        ids, is_whole = self._encoded(checked_text(request.input, "the input"))
+        kept = self._truncated(ids, is_whole, parameters.truncate)
         return Generation(
             request, kept, self.tokenizer, truncated=len(kept) < len(ids), on_event=on_event
         )
 
-    def _truncated(self, ids: list[int], truncate: bool | int) -> list[int]:
+    def _encoded(self, text: str) -> tuple[list[int], bool]:
+        """The text's ids; of one far too long only the beginning's, and False.
+
+        Tokenizing all of a body of megabytes takes gigabytes of memory, only to refuse it.
+        """
+        limit = self.limits.max_input_tokens
+        length = max(_SHORT_TEXT, _CHARACTERS_OF_A_TOKEN * limit)
+        while length < len(text):
+            end = text.rfind(" ", 0, length)
+            ids = self.tokenizer.encode(text[: end if end > 0 else length])
+            if len(ids) > limit + _UNSURE_AT_A_CUT:
+                return ids, False
+            length *= 2
+        return self.tokenizer.encode(text), True
+
+    def _truncated(self, ids: list[int], is_whole: bool, truncate: bool | int) -> list[int]:
         """``ids`` cut to the limit where the request allows it, its closing token kept."""
         limit = self.limits.max_input_tokens
         if truncate is not True and truncate is not False:
@@ -133,8 +152,8 @@ class Model:
             return ids
         if truncate is False:
             raise RequestError(
-                f"the input has {len(ids)} tokens, allowed are {limit} (option.max_input_tokens); "
-                "shorten it or send the parameter truncate"
+                f"the input has {'' if is_whole else 'more than '}{len(ids)} tokens, allowed are "
+                f"{limit} (option.max_input_tokens); shorten it or send the parameter truncate"
             )
         return [*ids[: limit - 1], ids[-1]]
 

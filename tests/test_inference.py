@@ -178,6 +178,15 @@ def test_truncate_keeps_the_beginning_and_the_end_of_text(
         assert model.pipeline_generate([short]) == [result.text]
 
 
+@pytest.mark.parametrize("separator", [" ", ""])
+def test_of_a_huge_input_only_the_beginning_is_read(model: Model, separator: str) -> None:
+    huge = separator.join(["word"] * 500_000)
+    with pytest.raises(RequestError, match=r"has more than [0-9]+ tokens, allowed are 1024"):
+        model.pipeline_generate([huge])
+    whole, cut = (request_of(text, truncate=40) for text in (huge[:20_000], huge))
+    assert model.generate([whole]) == model.generate([cut])
+
+
 def test_truncate_leaves_a_short_input_alone(model: Model) -> None:
     sent = request_of(PROMPTS[0]), request_of(PROMPTS[0], truncate=True)
     plain, cut = model.generate(list(sent))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,8 +102,10 @@ def _serving_properties(folder: Path) -> dict[str, str]:
 
 
 def _name(configuration: Configuration) -> str:
-    """As DJLServing names a model: by its folder."""
+    """As DJLServing names a model: by its folder, other characters than those of words as _."""
     place = configuration.model_dir or configuration.model_id or ""
     if Path(place).resolve() == DEMO:
         return _DEMO_NAME
-    return Path(place).resolve().name if Path(place).is_dir() else place.rstrip("/").split("/")[-1]
+    path = Path(place)
+    name = path.resolve().name if path.is_dir() else place.rstrip("/").split("/")[-1]
+    return re.sub(r"\W|^_", "_", name)

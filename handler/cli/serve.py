@@ -50,9 +50,16 @@ def run(arguments: argparse.Namespace) -> None:
         access_log=False,
         timeout_graceful_shutdown=int(choice.configuration.request_timeout) + _SENDING_SECONDS,
     )
-    logger.info("serving %s on %s", choice.name, listen(listener))
+    address = listen(listener)
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            """Told when signals are handled, so that whoever waits for it may send one."""
+            await super().startup(sockets)
+            logger.info("serving %s on %s", choice.name, address)
+
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        Server(config).run(sockets=[listener])
     finally:
         service.close()
 

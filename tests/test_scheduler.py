@@ -46,6 +46,7 @@ class EchoEngine:
     tokenizer: Tokenizer = ByteTokenizer()
     decoder_start_token_id = 0
     max_input_tokens = max_output_tokens = 300
+    seconds_of_a_step = seconds_of_a_part = 0.0
 
     def __init__(self, max_rows: int = 2, encode_tokens: int = 1, parts: int = 0) -> None:
         self.max_rows = max_rows
@@ -100,6 +101,13 @@ class EchoEngine:
     def close(self) -> None:
         self.closed = True
 
+    def now(self) -> float:
+        """The scheduler's clock. Where it stands still, each step is followed by one part."""
+        return (
+            self.seconds_of_a_step * self.calls["decode"]
+            + self.seconds_of_a_part * self.calls["part"]
+        )
+
     def _called(self, call: str, about: object) -> None:
         self.log.append((call, about))
         self.calls[call] += 1
@@ -138,13 +146,16 @@ def error_of(generation: Generation) -> RequestError:
 
 @contextmanager
 def scheduler_of(engine: StepEngine, max_queue: int = 1000) -> Iterator[Scheduler]:
-    scheduler = Scheduler(engine, max_queue)
-    try:
-        yield scheduler
-    finally:
-        closing = threading.Thread(target=scheduler.close, daemon=True)
-        closing.start()
-        closing.join(WAIT)
+    with pytest.MonkeyPatch.context() as patch:
+        if isinstance(engine, EchoEngine):
+            patch.setattr("handler.scheduler.perf_counter", engine.now)
+        scheduler = Scheduler(engine, max_queue)
+        try:
+            yield scheduler
+        finally:
+            closing = threading.Thread(target=scheduler.close, daemon=True)
+            closing.start()
+            closing.join(WAIT)
     assert not closing.is_alive(), "it hangs"
     assert not isinstance(engine, EchoEngine) or engine.closed
 
@@ -191,16 +202,10 @@ def test_a_prompt_joins_at_the_next_step_and_a_short_one_is_done_first() -> None
 
 
 @pytest.mark.parametrize(("seconds_of_a_part", "most"), [(20.0, 1), (10.0, 1), (4.0, 3)])
-def test_rows_that_run_wait_for_about_one_step(
-    monkeypatch: pytest.MonkeyPatch, seconds_of_a_part: float, most: int
-) -> None:
+def test_rows_that_run_wait_for_about_one_step(seconds_of_a_part: float, most: int) -> None:
     """Encoding between two steps takes as long as a step of 10 s, and ends the part it is in."""
     engine = EchoEngine(max_rows=8, parts=5)
-
-    def now() -> float:
-        return 10.0 * engine.calls["decode"] + seconds_of_a_part * engine.calls["part"]
-
-    monkeypatch.setattr("handler.scheduler.perf_counter", now)
+    engine.seconds_of_a_step, engine.seconds_of_a_part = 10.0, seconds_of_a_part
     sent = generations("first" * 40, *(f"prompt {n}" for n in range(20)))
     with scheduler_of(engine) as scheduler:
         engine.before("decode", 1, lambda: scheduler.submit(sent[1:]))
@@ -265,8 +270,7 @@ def test_it_tells_how_many_wait_and_run() -> None:
 # Cancelling
 
 
-def test_a_cancelled_row_is_free_at_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("handler.scheduler.perf_counter", lambda: 0.0)  # one part between steps
+def test_a_cancelled_row_is_free_at_the_next_step() -> None:
     engine = EchoEngine(max_rows=3)
     first, second, third = generations("first" * 5, "second" * 5, "third" * 5)
     with scheduler_of(engine) as scheduler:

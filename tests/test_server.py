@@ -273,6 +273,37 @@ def _different_requests() -> list[dict[str, Any]]:
     return requests
 
 
+def test_a_short_request_returns_before_long_ones() -> None:
+    with serving("--option=max_output_tokens=3000") as (server, _):
+        finished = asyncio.run(_short_behind_long(str(server.base_url)))
+    assert finished == ["short", "long", "long", "long"]
+
+
+async def _short_behind_long(url: str) -> list[str]:
+    """What is done, in order, where a short request is sent once long ones run."""
+    finished: list[str] = []
+
+    async def send(client: httpx.AsyncClient, name: str, **parameters: Any) -> None:
+        body = {"inputs": PROMPT, "parameters": parameters}
+        reply = await client.post("/invocations", json=body)
+        assert reply.status_code == 200
+        finished.append(name)
+
+    async with httpx.AsyncClient(base_url=url, timeout=WAIT) as client:
+        tokens = {"ignore_eos_token": True, "max_new_tokens": 3000}
+        long = [asyncio.create_task(send(client, "long", **tokens)) for _ in range(3)]
+        while _running(await client.get("/metrics")) < len(long):
+            assert not finished
+        await send(client, "short", max_new_tokens=2)
+        await asyncio.gather(*long)
+    return finished
+
+
+def _running(metrics: httpx.Response) -> float:
+    (line,) = (m for m in metrics.text.splitlines() if m.startswith("handler_prompts_running "))
+    return float(line.split()[1])
+
+
 def test_64_clients_get_what_each_gets_alone(server: httpx.Client) -> None:
     requests = _different_requests()
     alone = [server.post("/invocations", json=request).json() for request in requests]

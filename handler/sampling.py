@@ -16,7 +16,8 @@ from handler.parameters import GenerationParameters, random_seed
 
 Floats = npt.NDArray[np.float32]
 
-# Candidates that are looked at first where top_p cuts the tail off; nearly always they suffice.
+
+# Candidates that are sorted first where top_p cuts the tail off; mostly they suffice.
 _LIKELY = 256
 
 
@@ -81,14 +82,17 @@ def _top_k(scores: Floats, k: int) -> tuple[npt.NDArray[np.intp], Floats]:
 def _top_p(weights: npt.NDArray[np.float64], p: float) -> npt.NDArray[np.intp]:
     """Places of the fewest largest weights whose share reaches p, in ascending order of place.
 
-    A place stays if those before it, in descending order of weight, hold less than p.
+    A weight stays if those larger hold less than p; of equal ones the first places come first.
     """
-    total = weights.sum()
-    likely = np.arange(len(weights))
+    reach = p * weights.sum()
+    candidates = weights
     if len(weights) > _LIKELY:
-        likely = np.argpartition(weights, -_LIKELY)[-_LIKELY:]
-        if weights[likely].sum() < p * total:
-            likely = np.arange(len(weights))
-    likely = likely[np.argsort(-weights[likely], kind="stable")]
-    before = weights[likely].cumsum() - weights[likely]
-    return np.sort(likely[before < p * total])
+        likely = np.partition(weights, -_LIKELY)[-_LIKELY:]
+        candidates = likely if likely.sum() >= reach else weights
+    descending = np.sort(candidates)[::-1]
+    before = descending.cumsum() - descending
+    count = int(before.searchsorted(reach))
+    least = descending[max(count, 1) - 1]
+    above = np.flatnonzero(weights > least)
+    equal = np.flatnonzero(weights == least)[: max(count, 1) - len(above)]
+    return np.sort(np.concatenate([above, equal]))

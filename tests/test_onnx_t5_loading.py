@@ -647,3 +647,12 @@ def test_kernels_per_batch_serve_from_both_forms(
     }
     fp32 = answers(checkpoint, prompts)
     assert np.mean([a.token_ids[0] == b.token_ids[0] for a, b in zip(together, fp32)]) > 0.7
+
+
+@pytest.mark.parametrize("name", ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"])
+def test_the_embedding_under_another_of_its_names(checkpoint: Path, name: str) -> None:
+    expected = answers(checkpoint)
+    weights = load_file(checkpoint / WEIGHTS)
+    weights[name] = weights.pop("shared.weight")
+    save_file(weights, checkpoint / WEIGHTS, metadata={"format": "pt"})
+    assert answers(checkpoint) == expected

@@ -20,6 +20,7 @@ from handler.engines.onnx_t5.linear import FORMS
 
 # Counts up when graphs of an older version must not be used.
 _LAYOUT = 2
+_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 # Weights of one encoder graph: rows that decode wait for at most one of them at a time.
 _GROUP_WEIGHTS = 8_000_000
 
@@ -48,7 +49,7 @@ class GraphBuilder:
     def build(self, folder: Path) -> None:
         """Raises LoadError naming the tensor that is missing or wrong."""
         a = self.architecture
-        embedding = self.weights.get("shared.weight", (a.vocab_size, a.d_model))
+        embedding = self.weights.get(self._embedding, (a.vocab_size, a.d_model))
         np.save(folder / EMBEDDING, embedding)
         del embedding
         np.save(folder / ENCODER_BIAS, self._bias_tables("encoder"))
@@ -57,8 +58,13 @@ class GraphBuilder:
             self._encoder_group(folder, name, layers)
         for name, layers in cross_groups(a):
             self._cross_group(folder, name, layers)
-        for form, _ in self.forms.decoder:
+        for form in dict(self.forms.decoder):
             self._decoder(folder, form)
+
+    @property
+    def _embedding(self) -> str:
+        """The one table under whichever of its names the checkpoint was saved with."""
+        return next((name for name in _EMBEDDINGS if name in self.weights), _EMBEDDINGS[0])
 
     @property
     def _head_rows(self) -> int:
@@ -216,7 +222,7 @@ class GraphBuilder:
 
     def _head(self, layers: Layers, x: str) -> None:
         a = self.architecture
-        name = "lm_head.weight" if "lm_head.weight" in self.weights else "shared.weight"
+        name = "lm_head.weight" if "lm_head.weight" in self.weights else self._embedding
         weight = self.weights.get(name, (a.vocab_size, a.d_model))[: self._head_rows]
         layers.graph.node("Identity", [layers.linear(x, weight, "lm_head")], "logits")
 

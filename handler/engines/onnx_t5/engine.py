@@ -66,10 +66,11 @@ class OnnxT5StepEngine:
         self._architecture = architecture
         self._encoder = _Encoder(folder, architecture, max_input_tokens)
         self._embedding = self._encoder.embedding
-        self._decoders = [
-            (open_session(folder / f"{build.decoder_name(form)}.onnx"), most)
-            for form, most in forms.decoder
-        ]
+        sessions = {
+            form: open_session(folder / f"{build.decoder_name(form)}.onnx")
+            for form in dict(forms.decoder)
+        }
+        self._decoders = [(sessions[form], most) for form, most in forms.decoder]
         self._rows = _Rows(architecture, max_rows, max_input_tokens, max_output_tokens)
         self._bias = _DecoderBias(folder, architecture, max_rows, max_output_tokens)
         vocabulary = self._decoders[0][0].get_outputs()[0].shape[-1]

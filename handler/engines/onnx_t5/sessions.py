@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import numpy.typing as npt
 import onnxruntime
 
 from handler.errors import LoadError
+
+logger = logging.getLogger(__name__)
 
 _PROVIDERS = ["CPUExecutionProvider"]
 _pool_lock = threading.Lock()
@@ -30,6 +33,13 @@ def use_threads(threads: int) -> None:
             )
             onnxruntime.create_and_register_allocator(memory, None)
             _pool_threads = threads
+        elif threads != _pool_threads:
+            logger.warning(
+                "option.threads=%s has no effect: the process already runs %s threads, set by the "
+                "first model",
+                threads,
+                _pool_threads,
+            )
 
 
 def threads_in_use() -> int:

@@ -2,7 +2,8 @@
 
 The running rows are always the engine's leading ones. Between two decoding steps the engine encodes
 the next prompts, in parts, for about as long as a step takes: rows that run wait for no more than
-that and one part, and new ones soon run beside them.
+that and one part, and new ones soon run beside them. Where nothing ran, prompts that came together
+begin together: a step of many rows takes little longer than one of a single row.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from handler.engines.protocol import StepEngine
 
 logger = logging.getLogger(__name__)
+
+# How long rows without a token may wait for others that came with them.
+_GATHER_SECONDS = 0.5
 
 SUPPORTED_PARAMETERS = frozenset(
     """
@@ -72,7 +76,8 @@ class Scheduler(Runner):
     def _encode_for_a_while(self) -> None:
         """Encode the next prompts for as long as a decoding step takes, at least one part.
 
-        While nothing runs there is nobody to hold up: then until the first prompt has its row.
+        While no row has a token yet there is no stream to hold up: then until every prompt that
+        there is room for has its row, or for _GATHER_SECONDS.
         """
         start = perf_counter()
         while True:
@@ -80,8 +85,13 @@ class Scheduler(Runner):
             if not self._encoding:
                 return
             self._encode()
-            if self._rows and perf_counter() - start >= self._step_seconds:
+            allowed = self._step_seconds if self._some_row_has_a_token else _GATHER_SECONDS
+            if self._rows and perf_counter() - start >= allowed:
                 return
+
+    @property
+    def _some_row_has_a_token(self) -> bool:
+        return any(row.position for row in self._rows)
 
     def _admit(self) -> None:
         """Begin to encode the next prompts if there is a row for each of them."""

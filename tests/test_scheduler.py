@@ -217,6 +217,18 @@ def test_rows_that_run_wait_for_about_one_step(seconds_of_a_part: float, most: i
     assert max(map(len, running.split("d"))) == most
 
 
+@pytest.mark.parametrize(("seconds_of_a_part", "together"), [(0.01, 16), (0.11, 2), (9.0, 1)])
+def test_where_nothing_ran_prompts_begin_together(seconds_of_a_part: float, together: int) -> None:
+    """They gather for half a second; a prompt here takes two parts."""
+    engine = EchoEngine(max_rows=16, encode_tokens=1, parts=1)
+    engine.seconds_of_a_part = seconds_of_a_part
+    sent = generations(*("text" * 5 for _ in range(20)))
+    with scheduler_of(engine) as scheduler:
+        scheduler.submit(sent)
+        assert [answer(g) for g in sent] == ["text" * 5] * 20
+    assert engine.of("decode")[0] == together
+
+
 def test_prompts_are_encoded_together_up_to_the_engines_limit() -> None:
     engine = EchoEngine(max_rows=16, encode_tokens=12)
     held = generations("held" * 5)
@@ -277,7 +289,7 @@ def test_a_cancelled_row_is_free_at_the_next_step() -> None:
         engine.before("decode", 7, first.future.cancel)
         scheduler.submit([first, second, third])
         assert [answer(second), answer(third)] == ["second" * 5, "third" * 5]
-    assert engine.of("decode")[:8] == [1, 2, 3, 3, 3, 3, 3, 2]
+    assert engine.of("decode")[:8] == [3, 3, 3, 3, 3, 3, 3, 2]
     assert engine.of("move")[0] == (2, 0)
 
 
@@ -383,7 +395,7 @@ def test_a_failing_step_hits_the_rows_that_run() -> None:
     hit, encoding = generations("one" * 9, "two" * 9), generation("encoding")
     after = generation("after")
     with scheduler_of(engine) as scheduler:
-        engine.before("attach", 2, lambda: scheduler.submit([encoding]))
+        engine.before("decode", 1, lambda: scheduler.submit([encoding]))
         engine.before("part", 8, lambda: engine.before("decode", engine.calls["decode"] + 1, boom))
         scheduler.submit(hit)
         assert [error_of(g).code for g in hit] == [424, 424]

@@ -209,6 +209,13 @@ class Configuration:
     max_queue: int = _property(
         1000, _integer(1), "Waiting prompts beyond which requests are answered 503.", example="200"
     )
+    encoder_cache: int = _property(
+        256,
+        _integer(0),
+        "MiB of encoded prompts that are kept, so that a prompt that comes again is not encoded "
+        "again; 0 is off. Same answers with and without.",
+        example="1024",
+    )
     prompt_template: str = _property(
         "{input}",
         _template,

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from handler.continuation import Continuation, TopToken
 from handler.errors import RequestError, shown
 from handler.parameters import GenerationParameters
 
 if TYPE_CHECKING:
     from handler.tokenizer import Tokenizer
-
-EOS_TOKEN, LENGTH, STOP_SEQUENCE = "eos_token", "length", "stop_sequence"
 
 
 def checked_text(text: Any, place: str) -> str:
@@ -42,6 +42,26 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True)
+class ScoreRequest:
+    """One prompt and the answers whose probability is asked for.
+
+    Of the parameters ``truncate`` and ``top_n_tokens`` count.
+    """
+
+    input: str
+    targets: tuple[str, ...]
+    parameters: GenerationParameters = GenerationParameters()
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds: from the request's arrival to its row, and from there to its last token."""
+
+    waited: float = 0.0
+    generated: float = 0.0
+
+
+@dataclass(frozen=True)
 class GenerationResult:
     """One answer.
 
@@ -49,6 +69,10 @@ class GenerationResult:
     log_probs: the model's own log-probability of each of them, before temperature and filters.
     finish_reason: ``eos_token`` | ``length`` | ``stop_sequence``.
     input_tokens: how many tokens the encoder read; truncated: whether that was not the whole input.
+    top_tokens: of each step the likeliest tokens, where the request asked for them.
+    alternatives: the other texts of this prompt, the best first, where several were asked for.
+    input_cached: whether the encoder had read this input already, for another request.
+    timing: how long it took; not compared.
     """
 
     text: str
@@ -57,6 +81,10 @@ class GenerationResult:
     finish_reason: str
     input_tokens: int
     truncated: bool = False
+    top_tokens: tuple[tuple[TopToken, ...], ...] = ()
+    alternatives: tuple[GenerationResult, ...] = ()
+    input_cached: bool = field(default=False, compare=False)
+    timing: Timing = field(default=Timing(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -72,11 +100,22 @@ class TokenEvent:
     result: GenerationResult | None = None
 
 
-class Generation:
-    """One request on its way through an engine: its prompt, its tokens so far, its future.
+@dataclass
+class SharedEncoding:
+    """The encoder's handle of a prompt for the generations that share it.
 
-    The rules that end a generation (``</s>``, length, stop sequences) are here, once for every
-    engine. ``append`` is called by the engine's thread alone; anyone may cancel ``future``.
+    users: those that have no row yet; the last one lets the handle go.
+    """
+
+    users: int
+    handle: Any = None
+
+
+class Generation:
+    """One request on its way through an engine: its prompt, its texts so far, its future.
+
+    The engine's thread alone calls ``append``, ``finish`` and ``started``; anyone may cancel
+    ``future``. forced: tokens that are to be scored, in place of a choice.
     """
 
     def __init__(
@@ -86,56 +125,67 @@ class Generation:
         tokenizer: Tokenizer,
         *,
         truncated: bool = False,
+        forced: Sequence[int] = (),
+        encoding: SharedEncoding | None = None,
         on_event: Callable[[TokenEvent], None] | None = None,
     ) -> None:
         self.parameters = request.parameters
         self.prompt_ids = list(prompt_ids)
+        self.forced = forced
+        self.encoding = encoding
+        self.input_cached = False
         self.future: Future[GenerationResult] = Future()
-        self.token_ids: list[int] = []
-        self.log_probs: list[float] = []
-        self.finish_reason: str | None = None
-        self._tokenizer = tokenizer
+        self.continuation = Continuation(
+            request.parameters, tokenizer, streams=on_event is not None
+        )
         self._truncated = truncated
         self._on_event = on_event
-        stops = self.parameters.stop_sequences
-        self._stop_texts = [stop for stop in stops if isinstance(stop, str)]
-        self._stop_ids = [list(stop) for stop in stops if not isinstance(stop, str)]
-        self._detokenizer = tokenizer.detokenizer() if self._stop_texts or on_event else None
-        self._text = ""
-        self._sent = 0
+        self._arrived = perf_counter()
+        self._started = self._arrived
+
+    @property
+    def rows(self) -> int:
+        """Rows that it takes at the same time."""
+        return self.parameters.num_beams
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.continuation.token_ids
 
     @property
     def done(self) -> bool:
         """Nothing more to generate: finished, failed, or nobody waits for it any more."""
-        return self.finish_reason is not None or self.future.done()
+        return self.future.done()
 
-    def append(self, token_id: int, log_prob: float) -> bool:
-        """Take the next token; True when it was the last one.
+    def started(self, *, cached: bool = False) -> None:
+        """It has its rows now; cached: the encoder had read its prompt already."""
+        self._started = perf_counter()
+        self.input_cached = cached
+
+    def append(self, token_id: int, log_prob: float, top_tokens: tuple[TopToken, ...] = ()) -> bool:
+        """Take the next token of its one text; True when it was the last one.
 
         A log-probability of NaN fails the generation.
         """
         if math.isnan(log_prob):
-            self.fail(
-                RequestError(
-                    "the model computed numbers that are none for this input; set option.dtype to "
-                    "bf16 or fp32, or check its weights",
-                    424,
-                )
-            )
+            self.fail(not_a_number())
             return True
-        self.token_ids.append(token_id)
-        self.log_probs.append(log_prob)
-        if self._detokenizer is not None and token_id != self._tokenizer.eos_token_id:
-            self._text += self._detokenizer.add(token_id)
-        reason = self._reason_to_stop(token_id)
-        if reason is None:
-            self._send(TokenEvent(self._unsent(), token_id, log_prob))
+        continuation = self.continuation
+        if continuation.append(token_id, log_prob, top_tokens) is None:
+            if self._on_event is not None:
+                self._on_event(TokenEvent(continuation.unsent(), token_id, log_prob))
             return False
-        result = self._result(reason)
-        self.finish_reason = result.finish_reason
-        self._send(TokenEvent(result.text[self._sent :], token_id, log_prob, result))
-        _resolve(self.future, result)
+        result = self._result(continuation)
+        if self._on_event is not None:
+            rest = continuation.rest(result.text)
+            self._on_event(TokenEvent(rest, token_id, log_prob, result))
+        self._resolve(result)
         return True
+
+    def finish(self, texts: Sequence[Continuation]) -> None:
+        """End with several texts, the best first."""
+        first, *others = map(self._result, texts)
+        self._resolve(replace(first, alternatives=tuple(others)))
 
     def fail(self, error: BaseException) -> None:
         """End with an error; without effect when already ended."""
@@ -144,55 +194,31 @@ class Generation:
         except InvalidStateError:
             pass
 
-    def _reason_to_stop(self, token_id: int) -> str | None:
-        if token_id == self._tokenizer.eos_token_id and not self.parameters.ignore_eos_token:
-            return EOS_TOKEN
-        if any(self.token_ids[-len(ids) :] == ids for ids in self._stop_ids):
-            return STOP_SEQUENCE
-        if any(stop in self._text for stop in self._stop_texts):
-            return STOP_SEQUENCE
-        return LENGTH if len(self.token_ids) >= self.parameters.max_new_tokens else None
-
-    def _result(self, reason: str) -> GenerationResult:
-        ids = self.token_ids
-        for stop in self._stop_ids:
-            if ids[-len(stop) :] == stop:
-                ids = ids[: -len(stop)]
-                break
-        text = self._tokenizer.decode(ids)
-        cuts = [at for at in map(text.find, self._stop_texts) if at >= 0]
+    def _result(self, continuation: Continuation) -> GenerationResult:
+        text = continuation.text()
+        assert continuation.finish_reason is not None
         return GenerationResult(
-            text=text[: min(cuts)] if cuts else text,
-            token_ids=tuple(self.token_ids),
-            log_probs=tuple(self.log_probs),
-            finish_reason=STOP_SEQUENCE if cuts else reason,
+            text=text,
+            token_ids=tuple(continuation.token_ids),
+            log_probs=tuple(continuation.log_probs),
+            finish_reason=continuation.finish_reason,
             input_tokens=len(self.prompt_ids),
             truncated=self._truncated,
+            top_tokens=tuple(continuation.top_tokens),
+            input_cached=self.input_cached,
+            timing=Timing(self._started - self._arrived, perf_counter() - self._started),
         )
 
-    def _unsent(self) -> str:
-        """The text that can be sent now: what may become a stop sequence is held back."""
-        if self._on_event is None:
-            return ""
-        end = len(self._text) - max((_overlap(self._text, s) for s in self._stop_texts), default=0)
-        text, self._sent = self._text[self._sent : end], max(end, self._sent)
-        return text
-
-    def _send(self, event: TokenEvent) -> None:
-        if self._on_event is not None:
-            self._on_event(event)
+    def _resolve(self, result: GenerationResult) -> None:
+        try:
+            self.future.set_result(result)
+        except InvalidStateError:  # cancelled meanwhile
+            pass
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that begins ``stop``."""
-    for length in range(min(len(stop), len(text)), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
-
-
-def _resolve(future: Future[GenerationResult], result: GenerationResult) -> None:
-    try:
-        future.set_result(result)
-    except InvalidStateError:  # cancelled meanwhile
-        pass
+def not_a_number() -> RequestError:
+    return RequestError(
+        "the model computed numbers that are none for this input; set option.dtype to bf16 or "
+        "fp32, or check its weights",
+        424,
+    )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import queue
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import replace
 from typing import Any
 
 from handler.errors import RequestError, shown
@@ -13,17 +15,23 @@ from handler.generation import (
     Generation,
     GenerationRequest,
     GenerationResult,
+    ScoreRequest,
+    SharedEncoding,
     TokenEvent,
     checked_text,
 )
 from handler.parameters import (
+    MAX_SEED,
+    GenerationParameters,
     ParameterLimits,
     check_limits,
     parameters_in_use,
     parse_parameters,
+    random_seed,
 )
 from handler.runner import Runner
 
+_SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that the draws of a request have seeds that differ
 _SHORT_TEXT = 32_768  # characters that are tokenized whatever the limit
 _CHARACTERS_OF_A_TOKEN = 16  # more than any tokenizer puts into its average token
 _UNSURE_AT_A_CUT = 16  # tokens that may differ from those of the whole text
@@ -49,6 +57,11 @@ class Model:
     def running(self) -> int:
         """Prompts that are being answered."""
         return self._runner.running
+
+    @property
+    def encoder_cache_use(self) -> tuple[int, int]:
+        """Prompts that were found in the cache of encoded prompts, and those that were not."""
+        return self._runner.encoder_cache_use
 
     def pipeline_generate(self, inputs: list[str], **parameters: Any) -> list[str]:
         """Answer texts with one set of parameters, as FasterTransformer's method of this name.
@@ -81,7 +94,7 @@ class Model:
                 "a stream needs num_beams 1 (beams change their beginnings), got "
                 f"{request.parameters.num_beams}"
             )
-        generation = self._generation(request, on_event=events.put)
+        (generation,) = self._generations(request, on_event=events.put)
         generation.future.add_done_callback(lambda _: events.put(None))
         self._runner.submit([generation])
         stream = _stream(events, generation.future)
@@ -89,44 +102,100 @@ class Model:
         weakref.finalize(stream, generation.future.cancel)
         return stream
 
-    def submit(self, requests: Sequence[GenerationRequest]) -> list[Future[GenerationResult]]:
-        """Queue requests without waiting; cancelling a future frees its row at the next step.
+    def score(self, requests: list[ScoreRequest]) -> list[list[GenerationResult]]:
+        """For each request and each of its targets, in their order: the target's tokens with their
+        log-probabilities. Raises RequestError."""
+        futures = self.submit(requests)
+        try:
+            results = [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
+        return [[result, *result.alternatives] for result in results]
 
+    def submit(
+        self, requests: Sequence[GenerationRequest | ScoreRequest]
+    ) -> list[Future[GenerationResult]]:
+        """Queue requests without waiting; cancelling a future frees its rows at the next step.
+
+        What a ScoreRequest's further targets came to are its result's alternatives.
         Raises RequestError, and then none was queued; one that is to blame is named by its index.
         """
         self._runner.check_room(len(requests))
         generations = []
         for index, request in enumerate(requests):
             try:
-                generations.append(self._generation(request))
+                generations.append(self._generations(request))
             except RequestError as error:
                 raise (error if len(requests) == 1 else error.at(f"inputs[{index}]")) from None
-        self._runner.submit(generations)
-        return [generation.future for generation in generations]
+        self._runner.submit([one for several in generations for one in several])
+        return [_joined([one.future for one in several]) for several in generations]
 
     def close(self) -> None:
         """Finish what runs, refuse what waits, free the engine."""
         self._runner.close()
 
-    def _generation(
+    def _generations(
         self,
-        request: GenerationRequest,
+        request: GenerationRequest | ScoreRequest,
         on_event: Callable[[TokenEvent], None] | None = None,
-    ) -> Generation:
+    ) -> list[Generation]:
+        """One for each text that is wanted; beams are several texts of one generation."""
+        self._check_supported(request, streams=on_event is not None)
+        ids, is_whole = self._encoded(checked_text(request.input, "the input"))
+        kept = self._truncated(ids, is_whole, request.parameters.truncate)
+        if isinstance(request, ScoreRequest):
+            wanted = [self._target(request, i) for i in range(len(request.targets))]
+        else:
+            wanted = [(one, ()) for one in _single_draws(request)]
+        encoding = SharedEncoding(len(wanted)) if len(wanted) > 1 else None
+        return [
+            Generation(
+                one,
+                kept,
+                self.tokenizer,
+                truncated=len(kept) < len(ids),
+                forced=forced,
+                encoding=encoding,
+                on_event=on_event,
+            )
+            for one, forced in wanted
+        ]
+
+    def _check_supported(self, request: GenerationRequest | ScoreRequest, streams: bool) -> None:
         parameters = request.parameters
         check_limits(parameters, self.limits)
-        honoured = self._runner.supported_parameters | ({"stream"} if on_event else set())
+        if isinstance(request, ScoreRequest) and not self._runner.scores:
+            raise RequestError(
+                f"backend {self.backend} scores no given texts; set option.backend=onnxruntime"
+            )
+        honoured = self._runner.supported_parameters | ({"stream"} if streams else set())
+        if parameters.num_beams == 1:  # several draws are several generations
+            honoured |= {"num_return_sequences"}
         for name in parameters_in_use(parameters):
             if name not in honoured:
                 raise RequestError(
                     f"parameter {name!r} is not supported by backend {self.backend}; leave it out "
                     "or choose a backend that has it (option.backend)"
                 )
-        ids, is_whole = self._encoded(checked_text(request.input, "the input"))
-        kept = self._truncated(ids, is_whole, parameters.truncate)
-        return Generation(
-            request, kept, self.tokenizer, truncated=len(kept) < len(ids), on_event=on_event
+
+    def _target(
+        self, request: ScoreRequest, index: int
+    ) -> tuple[GenerationRequest, tuple[int, ...]]:
+        """The target as tokens, ``</s>`` included, and the parameters of reading just these."""
+        text = checked_text(request.targets[index], f"targets[{index}]")
+        ids = tuple(self.tokenizer.encode(text))
+        if len(ids) > self.limits.max_output_tokens:
+            raise RequestError(
+                f"targets[{index}] has {len(ids)} tokens, allowed are "
+                f"{self.limits.max_output_tokens} (option.max_output_tokens)"
+            )
+        parameters = GenerationParameters(
+            max_new_tokens=len(ids),
+            ignore_eos_token=True,
+            top_n_tokens=request.parameters.top_n_tokens,
         )
+        return GenerationRequest(request.input, parameters), ids
 
     def _encoded(self, text: str) -> tuple[list[int], bool]:
         """The text's ids; of one far too long only the beginning's, and False.
@@ -172,3 +241,49 @@ def _stream(
                 return
     finally:
         future.cancel()
+
+
+def _single_draws(request: GenerationRequest) -> list[GenerationRequest]:
+    """Where several texts are drawn, a request for each, with a seed of its own."""
+    p = request.parameters
+    if p.num_return_sequences == 1 or p.num_beams > 1:
+        return [request]
+    seed = random_seed() if p.seed is None else p.seed
+    return [
+        GenerationRequest(
+            request.input,
+            replace(p, num_return_sequences=1, seed=(seed + i * _SEED_STRIDE) % (MAX_SEED + 1)),
+        )
+        for i in range(p.num_return_sequences)
+    ]
+
+
+def _joined(futures: Sequence[Future[GenerationResult]]) -> Future[GenerationResult]:
+    """One future: the first one's result, the others' as its alternatives; the first error."""
+    if len(futures) == 1:
+        return futures[0]
+    whole: Future[GenerationResult] = Future()
+    left = len(futures)
+    lock = threading.Lock()
+
+    def one_is_done(future: Future[GenerationResult]) -> None:
+        nonlocal left
+        with lock:
+            left -= 1
+        try:
+            if not future.cancelled() and future.exception() is not None:
+                whole.set_exception(future.exception())
+            elif left == 0 and not any(f.cancelled() for f in futures):
+                first, *others = (f.result() for f in futures)
+                whole.set_result(replace(first, alternatives=tuple(others)))
+        except InvalidStateError:  # cancelled meanwhile, or failed
+            pass
+
+    def cancel_all(_: Future[GenerationResult]) -> None:
+        for future in futures:
+            future.cancel()
+
+    whole.add_done_callback(cancel_all)
+    for future in futures:
+        future.add_done_callback(one_is_done)
+    return whole

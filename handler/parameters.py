@@ -362,10 +362,11 @@ def _check_together(p: GenerationParameters) -> None:
             f"parameter 'min_new_tokens' must be at most max_new_tokens ({p.max_new_tokens}), "
             f"got {p.min_new_tokens}"
         )
-    if p.num_return_sequences > 1 and not p.samples and p.num_return_sequences > p.num_beams:
+    if p.num_return_sequences > p.num_beams and not (p.samples and p.num_beams == 1):
         raise RequestError(
             "parameter 'num_return_sequences' must be at most num_beams "
-            f"({p.num_beams}) unless the request samples, got {p.num_return_sequences}"
+            f"({p.num_beams}) unless the request samples without beams, got "
+            f"{p.num_return_sequences}"
         )
     if p.stream and p.num_beams > 1:
         raise RequestError(

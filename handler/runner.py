@@ -18,10 +18,11 @@ class Runner(ABC):
     """The base of the scheduler and the batcher. Every public method is for any thread.
 
     supported_parameters: names of those that it and its engine honour; ``submit`` is given no
-    request that uses another one.
+    request that uses another one. scores: whether it honours ``forced`` tokens.
     """
 
     supported_parameters: frozenset[str]
+    scores = False
 
     def __init__(self, engine: Engine, max_queue: int) -> None:
         self.tokenizer = engine.tokenizer
@@ -38,6 +39,11 @@ class Runner(ABC):
     @abstractmethod
     def running(self) -> int:
         """Prompts that are being answered."""
+
+    @property
+    def encoder_cache_use(self) -> tuple[int, int]:
+        """(hits, misses) of encoded prompts that came again."""
+        return 0, 0
 
     def check_room(self, count: int) -> None:
         """Raises RequestError where so many prompts could not be queued now."""

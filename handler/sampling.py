@@ -32,6 +32,10 @@ class RowSampling:
         """Whether the end of the text must not be chosen at this step."""
         return self.parameters.ignore_eos_token or step < self.parameters.min_new_tokens
 
+    def fork(self) -> RowSampling:
+        """A copy that goes on by itself."""
+        return self
+
     def uniform(self, step: int) -> float:
         """A number from [0, 1) for this step."""
         bits = np.random.Philox(key=self.seed, counter=step)
@@ -39,14 +43,21 @@ class RowSampling:
 
 
 def choose_tokens(
-    logits: Floats, rows: Sequence[RowSampling], steps: Sequence[int], eos_token_id: int
+    logits: Floats,
+    rows: Sequence[RowSampling],
+    steps: Sequence[int],
+    eos_token_id: int,
+    tokens_in_use: int | None = None,
 ) -> tuple[list[int], list[float]]:
     """The next token of each row and its log-probability before any filter.
 
-    logits: [rows, vocabulary], overwritten; steps: how many tokens each row has generated.
+    logits: [rows, vocabulary], overwritten; steps: how many tokens each row has generated;
+    tokens_in_use: ids from here on are the vocabulary's padding.
     """
     best = logits.max(-1, keepdims=True)
     normalizer = best[:, 0] + np.log(np.exp(logits - best).sum(-1))
+    if tokens_in_use is not None:
+        logits[:, tokens_in_use:] = -np.inf
     for row, (sampling, step) in enumerate(zip(rows, steps)):
         if sampling.ends_not_yet(step):
             logits[row, eos_token_id] = -np.inf
@@ -56,6 +67,30 @@ def choose_tokens(
             tokens[row] = _sample(logits[row], sampling.parameters, sampling.uniform(step))
     chosen = logits[np.arange(len(rows)), tokens]
     return tokens.tolist(), (chosen - normalizer).tolist()
+
+
+def process(
+    scores: Floats, rows: Sequence[RowSampling], steps: Sequence[int], eos_token_id: int
+) -> Floats:
+    """Scores [rows, vocabulary] after the rows' processors, in place."""
+    for row, (sampling, step) in enumerate(zip(rows, steps)):
+        if sampling.ends_not_yet(step):
+            scores[row, eos_token_id] = -np.inf
+    return scores
+
+
+def log_softmax(logits: Floats) -> Floats:
+    """Of logits [rows, vocabulary]."""
+    shifted = logits - logits.max(-1, keepdims=True)
+    result: Floats = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result
+
+
+def gumbel(row: RowSampling, step: int, shape: tuple[int, ...]) -> Floats:
+    """Gumbel noise for this step: argmax of log-probabilities plus it is a draw of them."""
+    bits = np.random.Generator(np.random.Philox(key=row.seed, counter=step))
+    noise: Floats = -np.log(-np.log(bits.random(shape, np.float32).clip(1e-20, None)))
+    return noise
 
 
 def _sample(logits: Floats, p: GenerationParameters, uniform: float) -> int:

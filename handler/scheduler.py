@@ -9,16 +9,18 @@ begin together: a step of many rows takes little longer than one of a single row
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from handler.encoder_cache import EncoderCache
+from handler.encoding import PromptEncoder, Ready
 from handler.errors import RequestError, as_request_error
 from handler.generation import Generation
+from handler.rows import Row, rows_for, take_tokens
 from handler.runner import Runner
-from handler.sampling import RowSampling, choose_tokens
 
 if TYPE_CHECKING:
     from handler.engines.protocol import StepEngine
@@ -30,45 +32,42 @@ _GATHER_SECONDS = 0.5
 
 SUPPORTED_PARAMETERS = frozenset(
     """
-    max_new_tokens min_new_tokens do_sample temperature top_k top_p seed stop_sequences details
-    return_log_probs return_full_text truncate ignore_eos_token
+    max_new_tokens min_new_tokens do_sample temperature top_k top_p num_beams length_penalty
+    early_stopping num_return_sequences seed stop_sequences details return_log_probs top_n_tokens
+    return_full_text truncate ignore_eos_token
     """.split()
 )
 
 
-class _Row:
-    """One running generation: what the decoder reads next, and how its answer is chosen."""
-
-    def __init__(self, generation: Generation, start_token: int) -> None:
-        self.generation = generation
-        self.token = start_token
-        self.sampling = RowSampling(generation.parameters)
-
-    @property
-    def position(self) -> int:
-        return len(self.generation.token_ids)
-
-
 class Scheduler(Runner):
-    """Owns a step engine, which only its thread calls."""
+    """Owns a step engine, which only its thread calls.
+
+    encoder_cache: bytes of encoded prompts that are kept for when they come again.
+    """
 
     supported_parameters = SUPPORTED_PARAMETERS
+    scores = True
 
-    def __init__(self, engine: StepEngine, max_queue: int) -> None:
+    def __init__(self, engine: StepEngine, max_queue: int, encoder_cache: int = 0) -> None:
         super().__init__(engine, max_queue)
         self._engine = engine
-        self._encoding: list[Generation] = []
-        self._parts: Iterator[Sequence[Any] | None] = iter(())
-        self._rows: list[_Row] = []
+        self._cache = EncoderCache(encoder_cache)
+        self._encoder = PromptEncoder(engine, self._cache)
+        self._rows: list[Row] = []
         self._step_seconds = 0.0  # what the last decoding step took
         self._thread.start()
 
     @property
     def running(self) -> int:
-        return len(self._rows) + len(self._encoding)
+        generations = {id(row.generation) for row in tuple(self._rows)}
+        return len(generations) + len(self._encoder.generations)
+
+    @property
+    def encoder_cache_use(self) -> tuple[int, int]:
+        return self._cache.hits, self._cache.misses
 
     def _run(self) -> None:
-        while self._rows or self._encoding or self._waiting.wait():
+        while self._rows or self._encoder.generations or self._waiting.wait():
             self._encode_for_a_while()
             self._decode()
         self._engine.close()
@@ -80,66 +79,61 @@ class Scheduler(Runner):
         there is room for has its row, or for _GATHER_SECONDS.
         """
         start = perf_counter()
-        while True:
-            self._admit()
-            if not self._encoding:
-                return
-            self._encode()
-            allowed = self._step_seconds if self._some_row_has_a_token else _GATHER_SECONDS
+        while self._admit():
+            try:
+                self._start(self._encoder.work())
+            except BaseException as error:  # whatever it was, nobody may be left waiting
+                self._fail(self._encoder.generations, error)
+                self._encoder.stop()
+            has_begun = any(row.position for row in self._rows)
+            allowed = self._step_seconds if has_begun else _GATHER_SECONDS
             if self._rows and perf_counter() - start >= allowed:
                 return
 
-    @property
-    def _some_row_has_a_token(self) -> bool:
-        return any(row.position for row in self._rows)
+    def _admit(self) -> bool:
+        """Whether there is something to encode; what is known already gets its rows at once."""
+        while not self._encoder.generations:
+            taken = self._next_prompts()
+            if not taken:
+                return False
+            unknown = []
+            for generation in taken:
+                ready = self._encoder.known(generation)
+                if ready is None:
+                    unknown.append(generation)
+                else:
+                    self._start([ready])
+            self._encoder.begin(unknown)
+        return True
 
-    def _admit(self) -> None:
-        """Begin to encode the next prompts if there is a row for each of them."""
-        free = self._engine.max_rows - len(self._rows)
-        if self._encoding or not free:
-            return
-        tokens = 0
+    def _next_prompts(self) -> list[Generation]:
+        """As many as fit together, in their turn. One that finds no room holds up the others, or
+        those with many rows would wait for ever."""
+        rows, tokens = self._engine.max_rows - len(self._rows), self._engine.encode_tokens
+        all_fit, taken = True, 0
 
         def fits(generation: Generation) -> bool:
-            nonlocal tokens
-            tokens += len(generation.prompt_ids)
-            return tokens <= self._engine.encode_tokens
+            nonlocal rows, tokens, all_fit, taken
+            rows -= generation.rows
+            tokens -= len(generation.prompt_ids)
+            all_fit = all_fit and rows >= 0 and (tokens >= 0 or not taken)
+            taken += 1
+            return all_fit
 
-        self._encoding = self._waiting.take(1)
-        if not self._encoding:
-            return
-        tokens = len(self._encoding[0].prompt_ids)
-        if tokens < self._engine.encode_tokens and free > 1:
-            self._encoding += self._waiting.take(free - 1, fits)
-        self._parts = self._parts_of([g.prompt_ids for g in self._encoding])
+        return self._waiting.take(rows, fits)
 
-    def _parts_of(self, prompts: list[list[int]]) -> Iterator[Sequence[Any] | None]:
-        """The engine is asked with the first part, where its errors are expected."""
-        yield from self._engine.encode(prompts)
-
-    def _encode(self) -> None:
-        """Do the next part of the encoding; after the last one its prompts get their rows."""
-        if all(g.done for g in self._encoding):
-            self._encoding = []
-            return
-        try:
-            handles = next(self._parts)
-        except BaseException as error:  # whatever it was, nobody may be left waiting
-            self._fail(self._encoding, error)
-            handles = ()
-        if handles is None:
-            return
-        for generation, handle in zip(self._encoding, handles):
-            if not generation.done:
-                self._start(generation, handle)
-        self._encoding = []
-
-    def _start(self, generation: Generation, handle: Any) -> None:
-        try:
-            self._engine.attach(handle, len(self._rows))
-            self._rows.append(_Row(generation, self._engine.decoder_start_token_id))
-        except BaseException as error:
-            self._fail([generation], error)
+    def _start(self, ready: Iterable[Ready]) -> None:
+        """Give each its rows, the next free ones."""
+        for generation, handle, cached in ready:
+            rows = rows_for(generation, self._engine.decoder_start_token_id)
+            try:
+                for place in range(len(self._rows), len(self._rows) + len(rows)):
+                    self._engine.attach(handle, place)
+            except BaseException as error:
+                self._fail([generation], error)
+                continue
+            generation.started(cached=cached)
+            self._rows += rows
 
     def _decode(self) -> None:
         """One step of all running rows."""
@@ -148,29 +142,16 @@ class Scheduler(Runner):
             return
         start = perf_counter()
         try:
-            chosen, log_probs = self._next_tokens(rows)
+            tokens = np.array([[row.token] for row in rows])
+            positions = np.array([row.position for row in rows])
+            logits = self._engine.decode(len(rows), tokens, positions)[:, 0]
         except BaseException as error:
             self._fail([row.generation for row in rows], error)
             self._rows = []
             return
-        for row, token, log_prob in zip(rows, chosen, log_probs):
-            row.token = token
-            try:
-                row.generation.append(token, log_prob)
-            except BaseException as error:  # its text, or who listens to it
-                self._fail([row.generation], error)
+        take_tokens(rows, logits, self._engine, self._fail)
         self._step_seconds = perf_counter() - start
         self._free_rows()
-
-    def _next_tokens(self, rows: Sequence[_Row]) -> tuple[list[int], list[float]]:
-        tokens = np.array([[row.token] for row in rows])
-        positions = np.array([row.position for row in rows])
-        return choose_tokens(
-            self._engine.decode(len(rows), tokens, positions)[:, 0],
-            [row.sampling for row in rows],
-            positions.tolist(),
-            self._engine.tokenizer.eos_token_id,
-        )
 
     def _free_rows(self) -> None:
         """The last running row takes the place of one that is done (or that nobody wants)."""

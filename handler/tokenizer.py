@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Sequence
@@ -65,6 +66,12 @@ class Detokenizer:
             self._before = self._done
         self._done = len(self._ids)
         return new
+
+    def fork(self) -> Detokenizer:
+        """A copy that goes on by itself."""
+        other = copy.copy(self)
+        other._ids = self._ids.copy()
+        return other
 
 
 class _Base:

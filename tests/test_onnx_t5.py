@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from oracle import Oracle
-from random_checkpoints import EDGE_VARIANTS, VARIANTS, in_shards, write_checkpoint
+from random_checkpoints import EDGE_VARIANTS, VARIANTS, VOCAB_SIZE, in_shards, write_checkpoint
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch_file
 from safetensors.torch import save_file as save_torch_file
@@ -108,9 +108,9 @@ class Case:
         return len(differing)
 
     def assert_log_probs(self, prompt: str, result: GenerationResult) -> None:
-        chosen = torch.log_softmax(self.logits(prompt, result.token_ids), -1)
-        expected = [row[i].item() for row, i in zip(chosen, result.token_ids)]
-        assert result.log_probs == pytest.approx(expected, abs=2e-4)
+        """Padded ids are never chosen, but they have their share of the probability."""
+        expected = self.oracle.log_probs(prompt, result.token_ids)
+        assert result.log_probs == pytest.approx(expected, abs=1e-4)
 
 
 def _without_padding(oracle: Oracle, prompt: str, ids: Sequence[int]) -> torch.Tensor:
@@ -182,14 +182,11 @@ def test_batches_of_any_size_give_the_same_bits(case: Case, size: int) -> None:
 @pytest.mark.parametrize(
     "parameters",
     [
-        {"num_beams": 2},
         {"repetition_penalty": 1.2},
         {"presence_penalty": 0.5},
         {"no_repeat_ngram_size": 2},
         {"typical_p": 0.5, "do_sample": True},
         {"bad_words_list": ["a"]},
-        {"top_n_tokens": 2},
-        {"num_return_sequences": 2, "do_sample": True},
     ],
     ids=lambda value: next(iter(value)),
 )
@@ -316,7 +313,7 @@ def open_engine(
     forms = Forms.single(form, form, max_rows)
     weights = CheckpointWeights(checkpoint)
     folder.mkdir(exist_ok=True)
-    GraphBuilder(architecture, weights, tokenizer.size, forms).build(folder)
+    GraphBuilder(architecture, weights, forms).build(folder)
     return OnnxT5StepEngine(
         folder,
         architecture,
@@ -381,10 +378,9 @@ def test_given_continuations_are_scored_as_by_the_oracle(case: Case, tmp_path: P
     tokens = given(engine, ids)
     start(engine, *encoded(engine, [engine.tokenizer.encode(prompt) for prompt in prompts]))
     scored = engine.decode(len(prompts), tokens, np.zeros(len(prompts), np.int64))
-    assert scored.shape == (len(prompts), 150, engine.tokenizer.size)
+    assert scored.shape == (len(prompts), 150, case.oracle.model.config.vocab_size)
     for row, prompt in enumerate(prompts):
-        expected = case.oracle.logits(prompt, tuple(ids[row].tolist()))
-        expected = expected[:, : engine.tokenizer.size].numpy()
+        expected = case.oracle.logits(prompt, tuple(ids[row].tolist())).numpy()
         assert np.abs(scored[row] - expected).max() < 1e-4 * np.abs(expected).max()
     assert (stepped(engine, tokens) == scored).all()
     engine.close()
@@ -555,7 +551,7 @@ def test_a_row_has_the_same_bits_alone_and_among_others(loud_engine: OnnxT5StepE
     tokens = random_ids(16, steps)
     tokens[5] = LOUD
     handles = encoded(engine, prompts)
-    alone = np.empty((16, steps, engine.tokenizer.size), np.float32)
+    alone = np.empty((16, steps, VOCAB_SIZE), np.float32)
     for row in range(16):
         start(engine, handles[row])
         alone[row] = stepped(engine, tokens[[row]])[0]

@@ -37,6 +37,14 @@ from handler.tokenizer import ByteTokenizer, Tokenizer
 WAIT = 20
 
 
+class Handle(list[int]):
+    """A prompt that was read."""
+
+    @property
+    def nbytes(self) -> int:
+        return len(self)
+
+
 class EchoEngine:
     """Answers a prompt with itself. Refuses tokens and positions that do not belong to a row.
 
@@ -75,7 +83,7 @@ class EchoEngine:
             self._called("part", part)
             yield None
         self._called("part", self.parts)
-        yield [list(prompt) for prompt in prompts]
+        yield [Handle(prompt) for prompt in prompts]
 
     def attach(self, handle: list[int], row: int) -> None:
         self._called("attach", row)
@@ -177,11 +185,12 @@ def test_everyone_gets_an_answer_of_their_own(
     max_rows: int, encode_tokens: int, parts: int
 ) -> None:
     engine = EchoEngine(max_rows, encode_tokens, parts)
-    sent = generations(*(str(n) * (n % 7) for n in range(60)))
+    texts = ["", *(str(n) * (1 + n % 7) for n in range(1, 60))]
+    sent = generations(*texts)
     with scheduler_of(engine) as scheduler:
         for first in range(0, 60, 5):
             scheduler.submit(sent[first : first + 5])
-        assert [answer(g) for g in sent] == [str(n) * (n % 7) for n in range(60)]
+        assert [answer(g) for g in sent] == texts
     assert max(engine.of("decode")) <= max_rows
     assert Counter(text for texts in engine.of("encode") for text in texts) == Counter(
         answer(g) for g in sent
@@ -639,6 +648,8 @@ requests = st.builds(
             '{"max_new_tokens": 8, "temperature": 2.0, "seed": 1}',
             '{"max_new_tokens": 12, "temperature": 1.1, "top_k": 9, "seed": 2}',
             '{"max_new_tokens": 5, "top_p": 0.9, "seed": 3}',
+            '{"max_new_tokens": 9, "num_beams": 3, "num_return_sequences": 2}',
+            '{"max_new_tokens": 6, "num_beams": 4, "do_sample": true, "seed": 4}',
         ]
     ),
 )

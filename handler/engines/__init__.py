@@ -93,7 +93,7 @@ def _runner(backend: str, folder: Path, c: Configuration) -> Runner:
     if backend == "onnxruntime":
         from handler.engines import onnx_t5
 
-        return Scheduler(onnx_t5.load(folder, c), c.max_queue)
+        return Scheduler(onnx_t5.load(folder, c), c.max_queue, c.encoder_cache << 20)
     from handler.engines import hf_generate
 
     return Batcher(hf_generate.load(folder, c), c.max_queue)

@@ -61,7 +61,8 @@ class StepEngine(Engine, Protocol):
         """Run the encoder and make the cross-attention keys and values of each prompt.
 
         Yields None after each part of the work (rows decode in between), at the end the handles,
-        one a prompt. A handle may be kept and attached to several rows.
+        one a prompt. A handle may be kept and attached to several rows; ``handle.nbytes`` is what
+        keeping it takes.
         """
         ...
 
@@ -75,8 +76,8 @@ class StepEngine(Engine, Protocol):
         """Tokens [n, q] of rows 0..n-1, the first at positions [n] -> logits [n, q, vocabulary].
 
         q is 1 for a decoding step; more tokens score a given continuation. The vocabulary is the
-        tokenizer's, without the model's padding. The caller may overwrite the result, which is
-        good until the next call.
+        model's: ids from the tokenizer's size on are padding, of which none may be chosen. The
+        caller may overwrite the result, which is good until the next call.
         """
         ...
 

@@ -45,7 +45,7 @@ def load(folder: Path, configuration: Configuration) -> StepEngine:
         max_rows=max_rows,
         cache=cache,
     )
-    builder = GraphBuilder(architecture, weights, tokenizer.size, forms)
+    builder = GraphBuilder(architecture, weights, forms)
     graphs = built(cache, weights.paths, builder.settings, builder.build)
     logger.info("weights: encoder %s, decoder %s (most rows)", forms.encoder, forms.decoder)
     return OnnxT5StepEngine(

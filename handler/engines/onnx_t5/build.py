@@ -19,7 +19,7 @@ from handler.engines.onnx_t5.layers import Layers, padded_head_size
 from handler.engines.onnx_t5.linear import FORMS
 
 # Counts up when graphs of an older version must not be used.
-_LAYOUT = 2
+_LAYOUT = 3
 _EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 # Weights of one encoder graph: rows that decode wait for at most one of them at a time.
 _GROUP_WEIGHTS = 8_000_000
@@ -30,21 +30,16 @@ ENCODER_BIAS, DECODER_BIAS = "encoder_bias.npy", "decoder_bias.npy"
 
 @dataclass(frozen=True)
 class GraphBuilder:
-    """Writes the graphs and arrays of a model into a folder.
-
-    vocabulary: tokens that have a meaning; the rows of the head beyond are left out, so that a
-    padded id can never be chosen.
-    """
+    """Writes the graphs and arrays of a model into a folder."""
 
     architecture: T5Architecture
     weights: CheckpointWeights
-    vocabulary: int
     forms: Forms
 
     @property
     def settings(self) -> str:
         """All that decides about the graphs besides the weights."""
-        return repr((_LAYOUT, self.architecture, self.vocabulary, self.forms))
+        return repr((_LAYOUT, self.architecture, self.forms))
 
     def build(self, folder: Path) -> None:
         """Raises LoadError naming the tensor that is missing or wrong."""
@@ -65,10 +60,6 @@ class GraphBuilder:
     def _embedding(self) -> str:
         """The one table under whichever of its names the checkpoint was saved with."""
         return next((name for name in _EMBEDDINGS if name in self.weights), _EMBEDDINGS[0])
-
-    @property
-    def _head_rows(self) -> int:
-        return min(self.vocabulary, self.architecture.vocab_size)
 
     def _layers(self, graph: GraphWriter, form: str) -> Layers:
         return Layers(graph, self.architecture, self.weights, FORMS[form])
@@ -152,7 +143,7 @@ class GraphBuilder:
         with GraphWriter(folder / f"{decoder_name(form)}.onnx") as graph:
             layers = self._layers(graph, form)
             x = graph.input("x", np.float32, ["n", 1, a.d_model])
-            graph.output("logits", np.float32, ["n", 1, self._head_rows])
+            graph.output("logits", np.float32, ["n", 1, a.vocab_size])
             for length in ("past", "cross_past"):
                 graph.input(length, np.int32, ["n"])
                 graph.input(f"{length}_longest", np.int32, [1])
@@ -223,7 +214,7 @@ class GraphBuilder:
     def _head(self, layers: Layers, x: str) -> None:
         a = self.architecture
         name = "lm_head.weight" if "lm_head.weight" in self.weights else self._embedding
-        weight = self.weights.get(name, (a.vocab_size, a.d_model))[: self._head_rows]
+        weight = self.weights.get(name, (a.vocab_size, a.d_model))
         layers.graph.node("Identity", [layers.linear(x, weight, "lm_head")], "logits")
 
 

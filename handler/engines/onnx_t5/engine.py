@@ -238,7 +238,10 @@ class _Rows:
         self.cross_past[dst] = self.cross_past[src]
 
     def reorder(self, rows: Sequence[int], parents: Sequence[int]) -> None:
-        rows, parents = list(rows), list(parents)
+        pairs = [(row, parent) for row, parent in zip(rows, parents) if row != parent]
+        if not pairs:
+            return
+        rows, parents = map(list, zip(*pairs))
         length = int(self.past[parents].max()) + 1
         for own in self._own:
             own[:, rows, :, :length] = own[:, parents, :, :length]

@@ -1,0 +1,110 @@
+"""One text while it is generated: its tokens, and the rules that end it, once for every engine."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from handler.parameters import GenerationParameters
+
+if TYPE_CHECKING:
+    from handler.tokenizer import Tokenizer
+
+EOS_TOKEN, LENGTH, STOP_SEQUENCE = "eos_token", "length", "stop_sequence"
+
+
+@dataclass(frozen=True)
+class TopToken:
+    """One of the likeliest tokens of a step."""
+
+    token_id: int
+    log_prob: float
+
+
+class Continuation:
+    """Tokens so far, and why they ended: ``</s>``, the length, a stop sequence.
+
+    streams: whether ``unsent`` is asked for.
+    """
+
+    def __init__(
+        self, parameters: GenerationParameters, tokenizer: Tokenizer, *, streams: bool = False
+    ) -> None:
+        self.token_ids: list[int] = []
+        self.log_probs: list[float] = []
+        self.top_tokens: list[tuple[TopToken, ...]] = []
+        self.finish_reason: str | None = None
+        self._parameters = parameters
+        self._tokenizer = tokenizer
+        stops = parameters.stop_sequences
+        self._stop_texts = [stop for stop in stops if isinstance(stop, str)]
+        self._stop_ids = [list(stop) for stop in stops if not isinstance(stop, str)]
+        self._detokenizer = tokenizer.detokenizer() if self._stop_texts or streams else None
+        self._text = ""
+        self._sent = 0
+
+    def append(
+        self, token_id: int, log_prob: float, top_tokens: tuple[TopToken, ...] = ()
+    ) -> str | None:
+        """Take the next token; the reason why it was the last one, or None."""
+        self.token_ids.append(token_id)
+        self.log_probs.append(log_prob)
+        if top_tokens:
+            self.top_tokens.append(top_tokens)
+        new = ""
+        if self._detokenizer is not None and token_id != self._tokenizer.eos_token_id:
+            new = self._detokenizer.add(token_id)
+            self._text += new
+        self.finish_reason = self._reason_to_stop(token_id, len(new))
+        return self.finish_reason
+
+    def fork(self) -> Continuation:
+        """A copy that goes on by itself."""
+        other = copy.copy(self)
+        other.token_ids = self.token_ids.copy()
+        other.log_probs = self.log_probs.copy()
+        other.top_tokens = self.top_tokens.copy()
+        other._detokenizer = self._detokenizer and self._detokenizer.fork()
+        return other
+
+    def text(self) -> str:
+        """The whole text, cut before a stop sequence; finish_reason then says that it was one."""
+        ids = self.token_ids
+        for stop in self._stop_ids:
+            if ids[-len(stop) :] == stop:
+                ids = ids[: -len(stop)]
+                break
+        text = self._tokenizer.decode(ids)
+        cuts = [at for at in map(text.find, self._stop_texts) if at >= 0]
+        if not cuts:
+            return text
+        self.finish_reason = STOP_SEQUENCE
+        return text[: min(cuts)]
+
+    def unsent(self) -> str:
+        """The text that can be sent now: what may become a stop sequence is held back."""
+        end = len(self._text) - max((_overlap(self._text, s) for s in self._stop_texts), default=0)
+        text, self._sent = self._text[self._sent : end], max(end, self._sent)
+        return text
+
+    def rest(self, text: str) -> str:
+        """What of the whole ``text`` was not sent yet."""
+        return text[self._sent :]
+
+    def _reason_to_stop(self, token_id: int, new: int) -> str | None:
+        if token_id == self._tokenizer.eos_token_id and not self._parameters.ignore_eos_token:
+            return EOS_TOKEN
+        if any(self.token_ids[-len(ids) :] == ids for ids in self._stop_ids):
+            return STOP_SEQUENCE
+        if new and any(stop in self._text[-(new + len(stop)) :] for stop in self._stop_texts):
+            return STOP_SEQUENCE
+        return LENGTH if len(self.token_ids) >= self._parameters.max_new_tokens else None
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that begins ``stop``."""
+    for length in range(min(len(stop), len(text)), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

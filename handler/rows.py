@@ -1,0 +1,135 @@
+"""The running rows, and how each comes to its next token: chosen, scored, or by a beam search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from handler.beams import BeamSearch, largest
+from handler.continuation import TopToken
+from handler.generation import Generation, not_a_number
+from handler.sampling import Floats, RowSampling, choose_tokens, gumbel, log_softmax, process
+
+if TYPE_CHECKING:
+    from handler.engines.protocol import StepEngine
+    from handler.tokenizer import Tokenizer
+
+Fail = Callable[[Sequence[Generation], BaseException], None]
+
+
+class Row:
+    """One row of the engine: what it decodes, and the token that it reads next."""
+
+    def __init__(
+        self, generation: Generation, token: int, search: BeamSearch | None = None, beam: int = 0
+    ) -> None:
+        self.generation = generation
+        self.token = token
+        self.search = search
+        self.beam = beam
+        self.sampling = RowSampling(generation.parameters)
+
+    @property
+    def position(self) -> int:
+        return len(self.generation.token_ids) if self.search is None else self.search.length
+
+
+def rows_for(generation: Generation, start_token: int) -> list[Row]:
+    """The rows of a generation that begins: one, or one a beam."""
+    if generation.rows == 1:
+        return [Row(generation, start_token)]
+    search = BeamSearch(generation.parameters, generation.continuation)
+    return [Row(generation, start_token, search, beam) for beam in range(generation.rows)]
+
+
+def take_tokens(rows: Sequence[Row], logits: Floats, engine: StepEngine, fail: Fail) -> None:
+    """Give every row its next token, from logits [rows, vocabulary], which may be overwritten.
+
+    An error fails the generations that it hits.
+    """
+    searches: dict[BeamSearch, list[int]] = {}
+    free, forced = [], []
+    for place, row in enumerate(rows):
+        if row.search is not None:
+            searches.setdefault(row.search, []).append(place)
+        elif row.generation.forced:
+            forced.append(place)
+        else:
+            free.append(place)
+    for places in (*([place] for place in forced), *searches.values()):
+        places.sort(key=lambda place: rows[place].beam)
+        affected = [rows[place] for place in places]
+        try:
+            if affected[0].search is None:
+                _score(affected[0], logits[places])
+            else:
+                _advance(affected, places, logits[places], engine)
+        except BaseException as error:
+            fail([affected[0].generation], error)
+    if free:
+        whole = len(free) == len(rows)
+        chosen = [rows[place] for place in free]
+        _choose(chosen, logits if whole else logits[free], engine.tokenizer, fail)
+
+
+def _choose(rows: Sequence[Row], logits: Floats, tokenizer: Tokenizer, fail: Fail) -> None:
+    try:
+        top = [_top_tokens(row, logits[i : i + 1]) for i, row in enumerate(rows)]
+        tokens, log_probs = choose_tokens(
+            logits,
+            [row.sampling for row in rows],
+            [row.position for row in rows],
+            tokenizer.eos_token_id,
+            tokenizer.size,
+        )
+    except BaseException as error:
+        fail([row.generation for row in rows], error)
+        return
+    for row, token, log_prob, likeliest in zip(rows, tokens, log_probs, top):
+        row.token = token
+        try:
+            row.generation.append(token, log_prob, likeliest)
+        except BaseException as error:  # its text, or who listens to it
+            fail([row.generation], error)
+
+
+def _score(row: Row, logits: Floats) -> None:
+    """The log-probability of the token that comes next, whatever the model would choose."""
+    row.token = row.generation.forced[row.position]
+    top = _top_tokens(row, logits)
+    row.generation.append(row.token, float(log_softmax(logits)[0, row.token]), top)
+
+
+def _advance(
+    rows: Sequence[Row], places: Sequence[int], logits: Floats, engine: StepEngine
+) -> None:
+    """A step of one beam search. rows: in the beams' order, at these places of the engine."""
+    search, generation = rows[0].search, rows[0].generation
+    assert search is not None
+    log_probs = log_softmax(logits)
+    if np.isnan(log_probs).any():
+        raise not_a_number()
+    step, tokenizer = search.length, engine.tokenizer
+    samplings = [row.sampling for row in rows]
+    scores = log_probs.copy()
+    scores[:, tokenizer.size :] = -np.inf
+    process(scores, samplings, [step] * len(rows), tokenizer.eos_token_id)
+    noise = gumbel(samplings[0], step, scores.shape) if generation.parameters.samples else None
+    chosen = search.advance(log_probs, scores, noise)
+    if chosen is None:
+        generation.finish(search.best)
+        return
+    engine.reorder(places, [places[parent] for parent in chosen.parents])
+    for row, token, parent in zip(rows, chosen.tokens, chosen.parents):
+        row.token, row.sampling = token, samplings[parent].fork()
+
+
+def _top_tokens(row: Row, logits: Floats) -> tuple[TopToken, ...]:
+    """The likeliest tokens of logits [1, vocabulary], where the request asked for them."""
+    count = row.generation.parameters.top_n_tokens
+    if not count:
+        return ()
+    log_probs = log_softmax(logits)[0]
+    return tuple(TopToken(int(i), float(log_probs[i])) for i in largest(log_probs, count))

@@ -1,0 +1,177 @@
+"""Beam search in flight, with transformers as the oracle."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import Oracle
+from random_checkpoints import VARIANTS, write_checkpoint
+
+from handler.beams import BeamSearch, largest
+from handler.continuation import Continuation
+from handler.engines import Model, init_inference
+from handler.generation import GenerationRequest, GenerationResult
+from handler.parameters import GenerationParameters
+from handler.tokenizer import ByteTokenizer
+
+EOS = 1
+PROMPTS = ["Write 4312 in words.", "a b c", "Sort these words: pony, apple, golden, key"]
+LENGTH = 20
+SETTINGS = [
+    {"num_beams": beams, "length_penalty": penalty, "early_stopping": early}
+    for beams, penalty, early in itertools.product(
+        (2, 4, 8), (-1.0, 0.0, 1.0, 2.0), (True, False, "never")
+    )
+]
+
+
+def request(prompt: str, **parameters: Any) -> GenerationRequest:
+    return GenerationRequest(prompt, GenerationParameters(max_new_tokens=LENGTH, **parameters))
+
+
+def all_texts(result: GenerationResult) -> list[tuple[int, ...]]:
+    return [one.token_ids for one in (result, *result.alternatives)]
+
+
+class Beams(Oracle):
+    def texts(self, prompt: str, count: int, **arguments: Any) -> list[tuple[int, ...]]:
+        """The ids of ``count`` texts, each to its ``</s>``."""
+        rows = self.model.generate(
+            **self.tokenizer(prompt, return_tensors="pt"),
+            max_new_tokens=LENGTH,
+            do_sample=False,
+            num_return_sequences=count,
+            suppress_tokens=self.padding or None,
+            use_cache=False,
+            **arguments,
+        )
+        ids = [row[1:].tolist() for row in rows]
+        return [tuple(one[: one.index(EOS) + 1] if EOS in one else one) for one in ids]
+
+
+@pytest.fixture(scope="module", params=["demo", *VARIANTS])
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, demo: Path
+) -> Iterator[tuple[Model, Beams]]:
+    folder = demo
+    if request.param != "demo":
+        folder = write_checkpoint(tmp_path_factory.mktemp(request.param), request.param, demo)
+    model, oracle = init_inference(str(folder), backend="onnxruntime"), Beams(folder)
+    if request.param == "umt5":  # transformers 5 scales its logits, whatever the config says
+        oracle.model.config.tie_word_embeddings = False
+    yield model, oracle
+    model.close()
+
+
+def test_every_setting_alone_and_mixed_in_one_batch(pair: tuple[Model, Beams]) -> None:
+    """All of them run beside each other, and beside greedy ones; none is alone in its batch."""
+    model, oracle = pair
+    wanted = [(PROMPTS[i % len(PROMPTS)], each) for i, each in enumerate(SETTINGS)]
+    requests = [
+        request(prompt, num_return_sequences=each["num_beams"] // 2, **each)
+        for prompt, each in wanted
+    ]
+    greedy = [request(prompt) for prompt in PROMPTS]
+    results = model.generate([*requests, *greedy])
+    for (prompt, each), result in zip(wanted, results):
+        assert all_texts(result) == oracle.texts(prompt, int(each["num_beams"]) // 2, **each), each
+    for prompt, result in zip(PROMPTS, results[len(requests) :]):
+        assert all_texts(result) == oracle.texts(prompt, 1)
+    (alone,) = model.generate(requests[-1:])
+    assert alone == results[len(requests) - 1]
+
+
+def test_log_probabilities_are_the_models_own(pair: tuple[Model, Beams]) -> None:
+    model, oracle = pair
+    (result,) = model.generate([request(PROMPTS[0], num_beams=4, num_return_sequences=4)])
+    for one in (result, *result.alternatives):
+        expected = oracle.log_probs(PROMPTS[0], one.token_ids)
+        assert one.log_probs == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_end_is_not_chosen_before_min_new_tokens(pair: tuple[Model, Beams]) -> None:
+    model, oracle = pair
+    (result,) = model.generate([request(PROMPTS[1], num_beams=4, min_new_tokens=7)])
+    assert all_texts(result) == oracle.texts(PROMPTS[1], 1, num_beams=4, min_new_tokens=7)
+    assert len(result.token_ids) >= 7
+
+
+def test_a_beam_request_waits_for_its_rows_and_is_not_passed_over(demo: Path) -> None:
+    with_four_rows = init_inference(str(demo), backend="onnxruntime", max_rows=4)
+    requests = [request("Count from 3 to 9.", num_beams=1 + i % 4) for i in range(24)]
+    together = with_four_rows.generate(requests)
+    assert together == [with_four_rows.generate([one])[0] for one in requests]
+    with_four_rows.close()
+
+
+def test_sampled_beams_depend_on_their_seed_alone(model: Model) -> None:
+    drawn = [
+        request("a b c", num_beams=3, num_return_sequences=2, do_sample=True, seed=seed)
+        for seed in (1, 2, 1, 3)
+    ]
+    first = model.generate(drawn)
+    assert first[0] == first[2]
+    assert len({result.token_ids for result in first}) > 1
+    assert model.generate([drawn[0], request("Write 7 in words.")])[0] == first[0]
+
+
+def test_stop_sequences_end_beams(model: Model) -> None:
+    (result,) = model.generate([request(PROMPTS[2], num_beams=4, stop_sequences=["golden"])])
+    assert result.text == "apple, "
+    assert result.finish_reason == "stop_sequence"
+
+
+# The search by itself
+
+
+def search(**parameters: Any) -> BeamSearch:
+    p = GenerationParameters(**parameters)
+    return BeamSearch(p, Continuation(p, ByteTokenizer()))
+
+
+def test_fewer_possible_tokens_than_beams() -> None:
+    """As where an answer must be one of a few: beams that have no token of their own die."""
+    beams = search(num_beams=4, num_return_sequences=4, max_new_tokens=3)
+    scores = np.full((4, 10), -np.inf, np.float32)
+    scores[:, 5], scores[:, 6] = np.log([0.75, 0.25])
+    while beams.advance(scores, scores) is not None:
+        pass
+    assert [text.token_ids for text in beams.best[:2]] == [[5, 5, 5], [5, 5, 6]]
+    assert len(beams.best) == 4
+
+
+def test_no_possible_token_at_all() -> None:
+    beams = search(num_beams=2, max_new_tokens=3)
+    scores = np.full((2, 10), -np.inf, np.float32)
+    assert beams.advance(scores, scores) is None
+    assert beams.best == []
+
+
+@given(st.lists(st.integers(-5, 5), min_size=1, max_size=60), st.integers(1, 70))
+@settings(max_examples=200, deadline=None)
+def test_the_largest_values_in_their_order(values: list[int], count: int) -> None:
+    places = largest(np.array(values, np.float32), count).tolist()
+    assert places == sorted(range(len(values)), key=lambda i: (-values[i], i))[:count]
+
+
+def test_drawing_without_replacement_is_in_proportion() -> None:
+    """The first of a step's draws by Gumbel noise has the softmax's probabilities."""
+    torch.manual_seed(0)
+    probabilities = np.array([0.5, 0.3, 0.15, 0.05])
+    generator = np.random.default_rng(0)
+    drawn = np.zeros(4)
+    scores = np.full((2, 4), -np.inf, np.float32)
+    scores[0] = np.log(probabilities)
+    for _ in range(20_000):
+        noise = generator.gumbel(size=(2, 4)).astype(np.float32)
+        drawn[largest((scores + noise).ravel(), 4)[0]] += 1
+    chi_squared = ((drawn - 20_000 * probabilities) ** 2 / (20_000 * probabilities)).sum()
+    assert chi_squared < 16.27  # 99.9 % of 3 degrees of freedom

@@ -1,0 +1,172 @@
+"""Several texts of one prompt: drawn ones, given ones that are scored, the likeliest tokens."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import Oracle
+from random_checkpoints import VARIANTS, write_checkpoint
+
+from handler.engines import Model, init_inference
+from handler.errors import RequestError
+from handler.generation import GenerationRequest, ScoreRequest
+from handler.parameters import GenerationParameters
+
+PROMPT = "Write 4312 in words."
+TARGETS = (
+    "four thousand",
+    "four thousand three hundred twelve",
+    "x",
+    "Count from 3 to 9. " * 5,
+    "a",
+    "b c",
+)
+
+
+@pytest.fixture(scope="module", params=["demo", *VARIANTS])
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, demo: Path
+) -> Iterator[tuple[Model, Oracle]]:
+    folder = demo
+    if request.param != "demo":
+        folder = write_checkpoint(tmp_path_factory.mktemp(request.param), request.param, demo)
+    model, oracle = init_inference(str(folder), backend="onnxruntime", max_rows=5), Oracle(folder)
+    if request.param == "umt5":  # transformers 5 scales its logits, whatever the config says
+        oracle.model.config.tie_word_embeddings = False
+    yield model, oracle
+    model.close()
+
+
+def request(prompt: str = "a b c", **parameters: Any) -> GenerationRequest:
+    return GenerationRequest(prompt, GenerationParameters(**parameters))
+
+
+# Scores
+
+
+def test_scores_are_those_of_a_plain_forward_pass(pair: tuple[Model, Oracle]) -> None:
+    """More targets than rows, beside texts that are generated."""
+    model, oracle = pair
+    running = model.submit([request(max_new_tokens=30, ignore_eos_token=True)] * 2)
+    prompts = (PROMPT, "a b c")
+    for prompt, scores in zip(prompts, model.score([ScoreRequest(p, TARGETS) for p in prompts])):
+        assert [score.text.strip() for score in scores] == [text.strip() for text in TARGETS]
+        for target, score in zip(TARGETS, scores):
+            assert score.token_ids == tuple(oracle.tokenizer(target).input_ids)
+            expected = oracle.log_probs(prompt, score.token_ids)
+            assert score.log_probs == pytest.approx(expected, abs=1e-4)
+            assert sum(score.log_probs) == pytest.approx(sum(expected), abs=1e-3)
+    assert running[0].result().token_ids == running[1].result().token_ids
+
+
+def test_a_text_that_was_generated_scores_what_it_was_told_to(model: Model) -> None:
+    (generated,) = model.generate([request(PROMPT)])
+    ((score,),) = model.score([ScoreRequest(PROMPT, (generated.text,))])
+    assert score.token_ids == generated.token_ids
+    assert score.log_probs == pytest.approx(generated.log_probs, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        (("good", ""), "targets[1] must not be empty or blank"),
+        (("good", 5), "targets[1] must be a string, got 5"),
+        (("word " * 600,), "allowed are 512 (option.max_output_tokens)"),
+    ],
+)
+def test_bad_targets(model: Model, targets: Any, words: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(words)):
+        model.score([ScoreRequest("x", targets)])
+
+
+def test_a_backend_that_cannot_score_says_so(demo: Path) -> None:
+    other = init_inference(str(demo), backend="transformers")
+    with pytest.raises(RequestError, match="backend transformers scores no given texts"):
+        other.score([ScoreRequest("x", ("y",))])
+    other.close()
+
+
+# Several draws
+
+
+def test_draws_have_seeds_of_their_own(pair: tuple[Model, Oracle]) -> None:
+    model, _ = pair
+    p = {"do_sample": True, "temperature": 1.5, "max_new_tokens": 12}
+    (several,) = model.generate([request(num_return_sequences=5, seed=7, **p)])
+    (one,) = model.generate([request(seed=7, **p)])
+    texts = [several.token_ids, *(other.token_ids for other in several.alternatives)]
+    assert len(several.alternatives) == 4
+    assert texts[0] == one.token_ids
+    assert len(set(texts)) > 1
+    (again,) = model.generate([request(num_return_sequences=5, seed=7, **p)])
+    assert again == several
+
+
+def test_several_draws_read_their_prompt_once(demo: Path) -> None:
+    """Also without the cache of encoded prompts."""
+    alone = init_inference(str(demo), backend="onnxruntime", max_rows=6, encoder_cache=0)
+    (result,) = alone.generate([request(num_return_sequences=6, do_sample=True, seed=1)])
+    assert not result.input_cached
+    assert all(other.input_cached for other in result.alternatives)
+    alone.close()
+
+
+def test_with_transformers_too(demo: Path) -> None:
+    other = init_inference(str(demo), backend="transformers")
+    (result,) = other.generate(
+        [request(num_return_sequences=3, do_sample=True, temperature=3.0, max_new_tokens=8)]
+    )
+    assert len({one.token_ids for one in (result, *result.alternatives)}) > 1
+    other.close()
+
+
+def test_cancelling_cancels_every_draw(model: Model) -> None:
+    (future,) = model.submit(
+        [request(num_return_sequences=9, do_sample=True, max_new_tokens=500, ignore_eos_token=True)]
+    )
+    assert future.cancel()
+    assert model.generate([request(PROMPT)])[0].text == "four thousand three hundred twelve"
+    assert (model.running, model.waiting) == (0, 0)
+
+
+def test_more_draws_than_may_wait(demo: Path) -> None:
+    small = init_inference(str(demo), backend="onnxruntime", max_queue=4)
+    with pytest.raises(RequestError, match=r"5 inputs cannot be queued.*option.max_queue"):
+        small.generate([request(num_return_sequences=5, do_sample=True)])
+    assert len(small.generate([request(num_return_sequences=4, do_sample=True)])) == 1
+    small.close()
+
+
+# The likeliest tokens
+
+
+def test_top_tokens_are_the_oracles(pair: tuple[Model, Oracle]) -> None:
+    model, oracle = pair
+    (result,) = model.generate([request(PROMPT, top_n_tokens=5, max_new_tokens=8)])
+    logits = oracle.logits(PROMPT, result.token_ids)
+    for row, top in zip(torch.log_softmax(logits, -1), result.top_tokens):
+        expected = row.topk(5)
+        assert [token.log_prob for token in top] == pytest.approx(
+            expected.values.tolist(), abs=1e-4
+        )
+        near = {i for i, v in enumerate(row.tolist()) if v > expected.values[-1] - 1e-4}
+        assert {token.token_id for token in top} <= near
+    assert len(result.top_tokens) == len(result.token_ids)
+
+
+def test_the_chosen_token_leads_them_when_greedy(model: Model) -> None:
+    results = model.generate(
+        [request(PROMPT, top_n_tokens=n, max_new_tokens=8) for n in (0, 1, 20)]
+    )
+    assert results[0].top_tokens == ()
+    for result, n in zip(results[1:], (1, 20)):
+        for token, log_prob, top in zip(result.token_ids, result.log_probs, result.top_tokens):
+            assert len(top) == n
+            assert top[0].token_id == token
+            assert math.isclose(top[0].log_prob, log_prob, abs_tol=1e-5)

@@ -8,6 +8,7 @@ call only; what later calls carry as properties are client headers and never rea
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -37,6 +38,8 @@ class _Refused(ValueError):
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if not isinstance(value, str):
         raise _Refused("a string")
     return value

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from handler.parameters import GenerationParameters
 
@@ -85,6 +86,9 @@ class Continuation:
     def unsent(self) -> str:
         """The text that can be sent now: what may become a stop sequence is held back."""
         end = len(self._text) - max((_overlap(self._text, s) for s in self._stop_texts), default=0)
+        begun = max((_overlap(self.token_ids, ids) for ids in self._stop_ids), default=0)
+        if begun:
+            end = min(end, len(self._tokenizer.decode(self.token_ids[:-begun])))
         text, self._sent = self._text[self._sent : end], max(end, self._sent)
         return text
 
@@ -93,18 +97,18 @@ class Continuation:
         return text[self._sent :]
 
     def _reason_to_stop(self, token_id: int, new: int) -> str | None:
-        if token_id == self._tokenizer.eos_token_id and not self._parameters.ignore_eos_token:
-            return EOS_TOKEN
         if any(self.token_ids[-len(ids) :] == ids for ids in self._stop_ids):
             return STOP_SEQUENCE
+        if token_id == self._tokenizer.eos_token_id and not self._parameters.ignore_eos_token:
+            return EOS_TOKEN
         if new and any(stop in self._text[-(new + len(stop)) :] for stop in self._stop_texts):
             return STOP_SEQUENCE
         return LENGTH if len(self.token_ids) >= self._parameters.max_new_tokens else None
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that begins ``stop``."""
-    for length in range(min(len(stop), len(text)), 0, -1):
-        if text.endswith(stop[:length]):
+def _overlap(whole: Sequence[Any], stop: Sequence[Any]) -> int:
+    """Length of the longest end of ``whole`` that begins ``stop``; both texts, or both lists."""
+    for length in range(min(len(stop), len(whole)), 0, -1):
+        if whole[-length:] == stop[:length]:
             return length
     return 0

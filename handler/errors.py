@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 _LONGEST_SHOWN = 60
+_LONGEST_MISSPELT = 100
 
 
 class RequestError(ValueError):
@@ -73,6 +74,8 @@ def shown(value: Any) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that ``name`` is most likely a misspelling of, or None."""
+    if len(name) > _LONGEST_MISSPELT:  # comparing a name of megabytes takes gigabytes
+        return None
     folded = {k.lower().replace("-", "_"): k for k in known}
     found = difflib.get_close_matches(name.lower().replace("-", "_"), folded, n=1, cutoff=0.75)
     return folded[found[0]] if found else None

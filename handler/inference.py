@@ -34,6 +34,7 @@ from handler.runner import Runner
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that the draws of a request have seeds that differ
 _SHORT_TEXT = 32_768  # characters that are tokenized whatever the limit
 _CHARACTERS_OF_A_TOKEN = 16  # more than any tokenizer puts into its average token
+_LONGEST_TEXT = 500_000  # characters that are tokenized to find out that they make few tokens
 _UNSURE_AT_A_CUT = 16  # tokens that may differ from those of the whole text
 
 
@@ -141,6 +142,7 @@ class Model:
         on_event: Callable[[TokenEvent], None] | None = None,
     ) -> list[Generation]:
         """One for each text that is wanted; beams are several texts of one generation."""
+        request = self._within_limits(request)
         self._check_supported(request, streams=on_event is not None)
         ids, is_whole = self._encoded(checked_text(request.input, "the input"))
         kept = self._truncated(ids, is_whole, request.parameters.truncate)
@@ -161,6 +163,15 @@ class Model:
             )
             for one, forced in wanted
         ]
+
+    def _within_limits(
+        self, request: GenerationRequest | ScoreRequest
+    ) -> GenerationRequest | ScoreRequest:
+        """The request, where it left max_new_tokens alone with as many as are allowed."""
+        most, p = self.limits.max_output_tokens, request.parameters
+        if most < p.max_new_tokens == GenerationParameters.max_new_tokens:
+            return replace(request, parameters=replace(p, max_new_tokens=most))
+        return request
 
     def _check_supported(self, request: GenerationRequest | ScoreRequest, streams: bool) -> None:
         parameters = request.parameters
@@ -209,6 +220,11 @@ class Model:
             ids = self.tokenizer.encode(text[: end if end > 0 else length])
             if len(ids) > limit + _UNSURE_AT_A_CUT:
                 return ids, False
+            if length > _LONGEST_TEXT:  # blanks, or others of which tokenizers make nothing
+                raise RequestError(
+                    f"the input has {len(text)} characters, of which the first {length} make only "
+                    f"{len(ids)} tokens; leave out what is no text"
+                )
             length *= 2
         return self.tokenizer.encode(text), True
 

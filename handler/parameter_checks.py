@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any, Union
 
 StopSequence = Union[str, "tuple[int, ...]"]
+
+# Each is looked for at every step, on the engine's thread.
+_MOST_SEQUENCES = 256
 
 
 class Refused(ValueError):
@@ -16,7 +19,7 @@ class Refused(ValueError):
 def integer(lowest: int, highest: int = 2**31 - 1) -> Callable[[Any], int]:
     def check(value: Any) -> int:
         # 20.0 is the integer 20 in JSON; true is not the integer 1
-        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        whole = isinstance(value, Integral) or (isinstance(value, float) and value.is_integer())
         if isinstance(value, bool) or not whole or not lowest <= value <= highest:
             raise Refused(f"an integer from {lowest} to {highest}")
         return int(value)
@@ -26,12 +29,15 @@ def integer(lowest: int, highest: int = 2**31 - 1) -> Callable[[Any], int]:
 
 def number(lowest: float, highest: float, allowed: str) -> Callable[[Any], float]:
     def check(value: Any) -> float:
-        # an int of hundreds of digits overflows float(), so compare before converting
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, Real):  # numpy's numbers are Real, too
             raise Refused(allowed)
-        if not lowest <= value <= highest or not math.isfinite(value):
+        try:
+            converted = float(value)
+        except OverflowError:  # an int of hundreds of digits
+            raise Refused(allowed) from None
+        if not lowest <= converted <= highest:  # neither is NaN
             raise Refused(allowed)
-        return float(value)
+        return converted
 
     return check
 
@@ -62,7 +68,14 @@ def sequences(value: Any) -> tuple[StopSequence, ...]:
 
     A tuple is what this function returns: strings, and tuples of ids.
     """
-    if isinstance(value, tuple):
+    found = _sequences(value)
+    if len(found) > _MOST_SEQUENCES:
+        raise Refused(f"at most {_MOST_SEQUENCES} sequences")
+    return found
+
+
+def _sequences(value: Any) -> tuple[StopSequence, ...]:
+    if isinstance(value, tuple) and all(map(_is_sequence, value)):
         return value
     allowed = "a string, a list of strings, or FasterTransformer's [token ids, end offsets]"
     if isinstance(value, str):
@@ -79,6 +92,12 @@ def sequences(value: Any) -> tuple[StopSequence, ...]:
         return _word_list(value)
     except ValueError:
         raise Refused(allowed) from None
+
+
+def _is_sequence(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return bool(value) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, str) and _is_text(value)
 
 
 def _is_text(value: str) -> bool:

@@ -25,10 +25,6 @@ class WaitingPrompts:
     def __len__(self) -> int:
         return sum(map(len, tuple(self._lists)))
 
-    @property
-    def closed(self) -> bool:
-        return self._closed
-
     def submit(self, generations: Sequence[Generation]) -> None:
         """Queue all of a client's prompts or, raising RequestError, none."""
         with self._changed:

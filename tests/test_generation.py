@@ -114,3 +114,23 @@ def test_a_cancelled_generation_is_done() -> None:
     generation.append(EOS, 0.0)
     generation.fail(RuntimeError())
     assert generation.future.cancelled()
+
+
+@given(st.lists(st.sampled_from([3 + ord(c) for c in "ab"]), max_size=12), st.data())
+def test_a_stream_never_shows_what_a_stop_of_ids_takes_away(
+    ids: list[int], data: st.DataObject
+) -> None:
+    stop = data.draw(st.lists(st.sampled_from([3 + ord(c) for c in "ab"]), min_size=1, max_size=4))
+    parameters = GenerationParameters(stop_sequences=(tuple(stop),))
+    generation, events = run(ids, parameters)
+    result = generation.future.result(timeout=0)
+    assert "".join(event.text for event in events) == result.text
+    assert (result.finish_reason == "stop_sequence") == any(
+        ids[i : i + len(stop)] == stop for i in range(len(ids))
+    )
+
+
+def test_a_stop_of_ids_that_ends_with_the_end_of_the_text() -> None:
+    stop = ((3 + ord("b"), EOS),)
+    result = result_of("ab", stop_sequences=stop)
+    assert (result.text, result.finish_reason) == ("a", "stop_sequence")

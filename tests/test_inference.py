@@ -187,6 +187,13 @@ def test_of_a_huge_input_only_the_beginning_is_read(model: Model, separator: str
     assert model.generate([whole]) == model.generate([cut])
 
 
+def test_a_huge_input_of_next_to_no_tokens_is_refused(model: Model) -> None:
+    """Tokenizing all of it would take seconds and gigabytes."""
+    text = "a" + " " * 20_000_000 + "b"
+    with pytest.raises(RequestError, match="the input has 20000002 characters, of which the first"):
+        model.generate([GenerationRequest(text)])
+
+
 def test_truncate_leaves_a_short_input_alone(model: Model) -> None:
     sent = request_of(PROMPTS[0]), request_of(PROMPTS[0], truncate=True)
     plain, cut = model.generate(list(sent))
@@ -354,3 +361,21 @@ def test_closing_finishes_what_runs_and_refuses_the_rest(demo: Path) -> None:
 def test_an_unknown_option(demo: Path) -> None:
     with pytest.raises(LoadError, match=r"unknown option 'max_row'; did you mean 'max_rows'\?"):
         init_inference(str(demo), max_row=3)
+
+
+def test_what_is_no_model(demo: Path) -> None:
+    with pytest.raises(LoadError, match="model must be a folder or a model id, got None"):
+        init_inference(None)  # type: ignore[arg-type]
+
+
+def test_options_under_their_other_names(demo: Path, tmp_path: Path) -> None:
+    loaded = init_inference(demo, quantize="int8", cache_dir=tmp_path)  # type: ignore[arg-type]
+    assert loaded.pipeline_generate(["Write 7 in words."]) == ["seven"]
+    loaded.close()
+
+
+def test_a_request_that_names_no_length_takes_what_is_allowed(demo: Path) -> None:
+    loaded = init_inference(str(demo), max_output_tokens=3)
+    (result,) = loaded.generate([GenerationRequest("Write 4312 in words.")])
+    assert len(result.token_ids) == 3
+    loaded.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -140,3 +141,20 @@ def _refusal(sent: dict[str, Any]) -> RequestError | None:
     except RequestError as error:
         return error
     return None
+
+
+@pytest.mark.parametrize("value", [("",), (5,), (None,), ((),), ((-1,),), ["a"] * 257])
+def test_sequences_from_python_are_checked_like_those_of_json(value: Any) -> None:
+    with pytest.raises(RequestError, match="'stop_sequences' must be "):
+        GenerationParameters(stop_sequences=value)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    p = GenerationParameters(max_new_tokens=np.int64(5), temperature=np.float32(0.5))  # type: ignore[arg-type]
+    assert (p.max_new_tokens, p.temperature) == (5, 0.5)
+    assert type(p.max_new_tokens) is int
+
+
+def test_a_name_of_megabytes_is_refused_at_once() -> None:
+    with pytest.raises(RequestError, match="unknown parameter"):
+        parse_parameters({"k" * 20_000_000: 1})

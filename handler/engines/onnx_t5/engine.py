@@ -64,6 +64,7 @@ class OnnxT5StepEngine:
         self.max_input_tokens = max_input_tokens
         self.max_output_tokens = max_output_tokens
         self._architecture = architecture
+        _check_fit(architecture, max_rows, max_input_tokens, max_output_tokens)
         self._encoder = _Encoder(folder, architecture, max_input_tokens)
         self._embedding = self._encoder.embedding
         sessions = {
@@ -195,7 +196,6 @@ class _Rows:
     def __init__(self, a: T5Architecture, rows: int, prompt: int, output: int) -> None:
         heads, size = a.num_heads, padded_head_size(a)
         layers = range(a.num_decoder_layers)
-        _check_fit(2 * len(layers) * rows * heads * size * (prompt + output) * 4, rows)
         self._own = [_reserved((2, rows, heads, output, size)) for _ in layers]
         self._cross = [_reserved((2, rows, heads, prompt, size)) for _ in layers]
         self._last = [np.zeros((2, rows, 1, heads * size), np.float32) for _ in layers]
@@ -248,7 +248,9 @@ class _Rows:
         self.past[rows] = self.past[parents]
 
 
-def _check_fit(needed: int, rows: int) -> None:
+def _check_fit(a: T5Architecture, rows: int, prompt: int, output: int) -> None:
+    size = a.num_heads * padded_head_size(a)
+    needed = 2 * a.num_decoder_layers * rows * size * (prompt + output) * 4
     available = available_memory()
     if available is not None and needed > available:
         raise LoadError(

@@ -33,7 +33,7 @@ from machine import OtherLoad, describe, print_description, warn_of_load
 from random_model import CACHE, SHAPES, checkpoint
 from report import print_table, write_json
 
-from handler.checkpoints.find import weight_bytes
+from handler.checkpoints.read import CheckpointWeights
 from handler.cli.common import DEMO
 from handler.machine import usable_cpus
 
@@ -130,7 +130,7 @@ def _measure(case: Case, runs: int) -> list[dict[str, Any]]:
         cached = [case.start(cache) for _ in range(runs)]
     finally:
         shutil.rmtree(cache)
-    stored = weight_bytes(case.model)
+    stored = CheckpointWeights(case.model).stored_bytes
     return [
         _figures(case, "first", first, None, 1.6 * stored + 300e6, stored),
         _figures(

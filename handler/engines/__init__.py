@@ -11,7 +11,6 @@ from typing import Any
 from handler.batcher import Batcher
 from handler.checkpoints.architecture import T5_FAMILY
 from handler.checkpoints.find import find_checkpoint, model_config
-from handler.checkpoints.read import has_safetensors
 from handler.config import Configuration, Degree, configuration_of
 from handler.errors import LoadError, shown
 from handler.inference import Model
@@ -84,8 +83,6 @@ def choose_backend(c: Configuration, folder: Path) -> tuple[str, str]:
         return "transformers", f"option.dtype={c.dtype}"
     if c.device_id != -1 and gpu_is_there():
         return "transformers", "there is a GPU"
-    if not has_safetensors(folder):
-        return "transformers", "the weights are not safetensors"
     missing = [name for name in ("onnx", "onnxruntime") if not importlib.util.find_spec(name)]
     if missing:
         return "transformers", f"the package {missing[0]} is not installed"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from handler.checkpoints.architecture import T5Architecture
 from handler.checkpoints.find import model_config
+from handler.checkpoints.lora import merged
 from handler.checkpoints.read import CheckpointWeights
 from handler.config import MAX_ROWS_ON_CPU, Configuration
 from handler.engines.protocol import StepEngine
@@ -38,7 +39,7 @@ def load(folder: Path, configuration: Configuration) -> StepEngine:
         ) from error
     architecture = T5Architecture.from_config(model_config(folder))
     tokenizer = load_tokenizer(folder, architecture.vocab_size)
-    weights = CheckpointWeights(folder)
+    weights = merged(CheckpointWeights(folder), configuration)
     max_rows = configuration.max_rows or MAX_ROWS_ON_CPU
     use_threads(configuration.threads or usable_cpus())
     cache = cache_folder(folder, configuration.cache_dir)
@@ -68,11 +69,10 @@ def _refuse_unsupported(c: Configuration) -> None:
         ("dtype", _DTYPES),
         ("tensor_parallel_degree", (1, "max")),
         ("pipeline_parallel_degree", (1,)),
-        ("merge_adapter", (None,)),
     ):
         value = getattr(c, name)
         if value not in allowed:
-            listed = ", ".join("unset" if item is None else str(item) for item in allowed)
+            listed = ", ".join(map(str, allowed))
             raise LoadError(
                 f"option.{name}={value} is not supported by backend onnxruntime, allowed: {listed}"
             )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from handler import __version__
 from handler.errors import LoadError
+from handler.machine import users_cache
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,10 @@ def cache_folder(checkpoint: Path, cache_dir: str | None) -> Path:
 
     Raises LoadError where none can be written to.
     """
-    places = [Path(cache_dir)] if cache_dir else [checkpoint / _BESIDE_THE_MODEL, *_users_cache()]
+    own = users_cache()
+    places = [checkpoint / _BESIDE_THE_MODEL, *([own] if own else [])]
+    if cache_dir:
+        places = [Path(cache_dir)]
     for place in places:
         try:
             place.mkdir(parents=True, exist_ok=True)
@@ -42,14 +45,6 @@ def cache_folder(checkpoint: Path, cache_dir: str | None) -> Path:
         f"no place for built graphs: {', '.join(map(str, places))} cannot be written to; set "
         "option.cache_dir to a folder that can"
     )
-
-
-def _users_cache() -> list[Path]:
-    try:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # a user without a home, as containers run under any user id have it
-        return []
-    return [caches / "djl-t5-handler"]
 
 
 @contextmanager

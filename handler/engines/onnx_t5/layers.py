@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from handler.checkpoints.architecture import T5Architecture
-from handler.checkpoints.read import Array, CheckpointWeights
+from handler.checkpoints.read import Array, Weights
 from handler.engines.onnx_t5.graph import CONTRIB, GraphWriter
 from handler.engines.onnx_t5.linear import LinearForm
 
@@ -25,7 +25,7 @@ class Layers:
 
     graph: GraphWriter
     architecture: T5Architecture
-    weights: CheckpointWeights
+    weights: Weights
     form: LinearForm
 
     def linear(self, x: str, weight: Array, name: str) -> str:

@@ -1,4 +1,4 @@
-"""Where a checkpoint is found: in a folder, beside the model folder, on the hub."""
+"""Models of the Hugging Face hub: what is downloaded, and what is said when it cannot be."""
 
 from __future__ import annotations
 
@@ -15,111 +15,9 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
-
-from handler.checkpoints.find import find_checkpoint, model_config, weight_bytes
-from handler.config import read_configuration
-from handler.errors import LoadError
+from test_find import write_files
 
 MODEL = "someone/tiny-t5"
-
-
-def find(**properties: str) -> Path:
-    return find_checkpoint(read_configuration(properties=properties))
-
-
-def write_files(folder: Path, *names: str) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        (folder / name).write_text('{"model_type": "t5"}')
-    return folder
-
-
-# Folders
-
-
-def test_the_model_folder_itself(tmp_path: Path) -> None:
-    write_files(tmp_path, "config.json")
-    assert find(model_dir=str(tmp_path)) == tmp_path
-
-
-def test_a_folder_by_its_path(tmp_path: Path) -> None:
-    folder = write_files(tmp_path / "weights", "config.json")
-    assert find(model_id=str(folder)) == folder
-    assert find(model_id=str(folder), model_dir="/elsewhere") == folder
-
-
-def test_a_folder_relative_to_the_model_folder(tmp_path: Path) -> None:
-    folder = write_files(tmp_path / "weights", "config.json")
-    assert find(model_id="weights", model_dir=str(tmp_path)) == folder
-
-
-def test_a_folder_of_the_users_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_files(tmp_path / "weights", "config.json")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert find(model_id="~/weights") == folder
-
-
-@pytest.mark.parametrize(
-    ("properties", "words"),
-    [
-        ({}, "no model given: set option.model_id"),
-        ({"model_dir": "."}, "holds no weights: set option.model_id"),
-        ({"model_id": "empty"}, "has no config.json; change option.model_id"),
-        ({"model_id": "/no/such/folder"}, "option.model_id=/no/such/folder: no such folder"),
-        ({"model_id": "./missing"}, "no such folder, and not a hub model id"),
-        ({"model_id": "a/b/c"}, "no such folder, and not a hub model id"),
-        ({"model_id": "a b"}, "no such folder, and not a hub model id"),
-        ({"model_id": "s3://bucket/model"}, "s3://bucket/model: S3 addresses are not read"),
-        ({"s3url": "s3://bucket/model"}, "s3://bucket/model: S3 addresses are not read"),
-    ],
-    ids=str,
-)
-def test_what_is_no_checkpoint(
-    properties: dict[str, str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(LoadError) as caught:
-        find(**properties)
-    assert words in str(caught.value)
-    assert "option.model_id" in str(caught.value)
-    assert str(caught.value).isprintable()
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"{", "is not JSON"),
-        (b"\xff", "is not JSON"),
-        (b"[]", "names no model_type"),
-        (b'{"model_type": 5}', "names no model_type"),
-        (None, "cannot be read: No such file"),
-    ],
-)
-def test_a_damaged_config(tmp_path: Path, content: bytes | None, words: str) -> None:
-    if content is not None:
-        (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(LoadError, match=words) as caught:
-        model_config(tmp_path)
-    assert "config.json" in str(caught.value)
-
-
-def test_the_config_is_the_checkpoints_own(tmp_path: Path) -> None:
-    config = {"model_type": "t5", "tie_word_embeddings": False, "unknown": [1, None]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert model_config(tmp_path) == config
-
-
-def test_the_size_of_the_weights_counts_one_form(tmp_path: Path) -> None:
-    assert weight_bytes(tmp_path) == 0
-    (tmp_path / "pytorch_model.bin").write_bytes(b"12345")
-    assert weight_bytes(tmp_path) == 5
-    for number in (1, 2):
-        (tmp_path / f"model-0000{number}-of-00002.safetensors").write_bytes(b"123")
-    assert weight_bytes(tmp_path) == 6
-
-
-# The hub
 
 
 class Hub:
@@ -293,12 +191,10 @@ def test_shards_count_as_safetensors(hub: Hub, tmp_path: Path) -> None:
     assert {file.name for file in find_on(hub, tmp_path).iterdir()} == set(wanted)
 
 
-@pytest.mark.parametrize("other", [{}, {"adapter_model.safetensors": b"no weights of the model"}])
-def test_bin_is_taken_where_there_is_no_other_form(
-    hub: Hub, tmp_path: Path, other: dict[str, bytes]
-) -> None:
-    wanted = {**_SMALL, **other, "pytorch_model.bin": b"weights"}
-    hub.files["main"] = {**wanted, **_LEFT_OUT}
+@pytest.mark.parametrize("other", ["adapter_model.safetensors", "model.fp16.safetensors", "t.bin"])
+def test_bin_is_taken_where_there_is_no_other_form(hub: Hub, tmp_path: Path, other: str) -> None:
+    wanted = {**_SMALL, "pytorch_model.bin": b"weights"}
+    hub.files["main"] = {**wanted, **_LEFT_OUT, other: b"no weights of the model"}
     assert {file.name for file in find_on(hub, tmp_path).iterdir()} == set(wanted)
 
 
@@ -358,18 +254,3 @@ def test_a_hub_that_is_down(hub: Hub, tmp_path: Path) -> None:
     error = error_on(hub, tmp_path)
     assert f"option.model_id={MODEL} is no folder and could not be downloaded" in error
     assert "Connection refused" in error
-
-
-def test_nothing_is_asked_of_the_hub_for_a_folder(tmp_path: Path) -> None:
-    """Also without huggingface_hub in the image."""
-    folder = write_files(tmp_path, "config.json")
-    code = (
-        "import sys; sys.modules['huggingface_hub'] = None\n"
-        "from handler.checkpoints.find import find_checkpoint\n"
-        "from handler.config import Configuration\n"
-        "print(find_checkpoint(Configuration(model_id=sys.argv[1])))"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=60
-    )
-    assert found.stdout.strip() == str(folder), found.stderr

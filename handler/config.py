@@ -143,7 +143,7 @@ class Configuration:
     model_id: str | None = _property(
         None,
         _text,
-        "The weights: a folder, or a model id of the Hugging Face hub.",
+        "The weights: a folder, a model id of the Hugging Face hub, or s3://bucket/prefix.",
         example="google/flan-t5-xl",
         environment=("HF_MODEL_ID",),
         default_text="the model folder",
@@ -152,7 +152,10 @@ class Configuration:
         None, _text, "Branch, tag or commit of a model id.", example="main"
     )
     s3url: str | None = _property(
-        None, _text, "The weights, in S3.", example="s3://my-bucket/flan-t5-xxl/"
+        None,
+        _text,
+        "The weights, in S3; the same as model_id with such an address.",
+        example="s3://my-bucket/flan-t5-xxl/",
     )
     backend: str = _property(
         "auto",
@@ -226,15 +229,19 @@ class Configuration:
         example="Summarize: {input}",
     )
     merge_adapter: str | None = _property(
-        None, _text, "A peft LoRA folder that is merged into the weights.", example="adapter/"
+        None,
+        _text,
+        "A peft LoRA adapter that is merged into the weights at load: a folder, a model id of the "
+        "hub, or s3://bucket/prefix.",
+        example="adapter/",
     )
     cache_dir: str | None = _property(
         None,
         _text,
         "Where downloaded models and built graphs are kept.",
         example="/tmp/models",
-        default_text="graphs beside the model, else in the user's cache; downloads in the Hugging "
-        "Face cache",
+        default_text="graphs beside the model, else in the user's cache (~/.cache/djl-t5-handler); "
+        "downloads from S3 in the user's cache, those from the hub in the Hugging Face cache",
     )
     cpu_kernel: str = _property(
         "auto",

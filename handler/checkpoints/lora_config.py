@@ -70,6 +70,8 @@ class LoraConfig:
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(getattr(found, name), dict):
                 raise LoadError(f"{file}: {name} must be an object, got {shown(config[name])}")
+            for pattern in getattr(found, name):
+                _check_regex(file, name, pattern)
         found.scaling("")
         return found
 
@@ -122,16 +124,20 @@ def _refuse_what_cannot_be_merged(file: Path, config: Mapping[str, Any]) -> None
 
 def _targets(file: Path, name: str, value: Any) -> Targets:
     if isinstance(value, str):
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise LoadError(f"{file}: {name} {shown(value)} is no regex: {error}") from error
+        _check_regex(file, name, value)
         return value
     if value is None:
         return None
     if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
         raise LoadError(f"{file}: {name} must be a list of names or a regex, got {shown(value)}")
     return tuple(value)
+
+
+def _check_regex(file: Path, name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise LoadError(f"{file}: {name} {shown(pattern)} is no regex: {error}") from error
 
 
 def _matches(module: str, targets: Targets) -> bool:

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
 _LOG_SECONDS = 10.0
-_LOG_SHARE = 0.1
+_LOG_PERCENT = 10
 
 
 class Progress:
@@ -57,7 +57,7 @@ class Progress:
 
     def _watch(self) -> None:
         bar = self._bar() if sys.stderr.isatty() else None
-        told_at, told = time.monotonic(), 0.0
+        told_at, told = time.monotonic(), 0
         while not self._ended.wait(_POLL_SECONDS):
             done = min(max(_occupied(self._folder) - self._before, 0), self._total)
             if done > self._done:
@@ -65,11 +65,11 @@ class Progress:
             if bar is not None:
                 bar.update(done - self._done)
             self._done = done
-            share, now = done / max(self._total, 1), time.monotonic()
-            if bar is None and (share - told >= _LOG_SHARE or now - told_at >= _LOG_SECONDS):
-                told_at, told = now, share
+            percent, now = 100 * done // max(self._total, 1), time.monotonic()
+            if bar is None and (percent - told >= _LOG_PERCENT or now - told_at >= _LOG_SECONDS):
+                told_at, told = now, percent
                 logger.info(
-                    "downloading %s: %.0f %% of %s", self._source, 100 * share, _bytes(self._total)
+                    "downloading %s: %d %% of %s", self._source, percent, _bytes(self._total)
                 )
         if bar is not None:
             bar.close()

@@ -85,19 +85,20 @@ class _Download:
             partial = folder.with_name(f"{version}.partial")
             if folder.exists():
                 logger.warning("%s is damaged (%s), downloading it again", folder, bad or MANIFEST)
+                for name in bad or ():
+                    (folder / name).unlink(missing_ok=True)
                 shutil.rmtree(partial, ignore_errors=True)
                 folder.rename(partial)
             partial.mkdir(exist_ok=True)
-            write_manifest(partial, self._complete(partial))
+            self._remove_leftovers(partial)
+            whole = self._complete(partial)
+            self._remove_leftovers(partial)
+            write_manifest(partial, whole)
             partial.rename(folder)
         return folder
 
     def _complete(self, partial: Path) -> dict[str, CheckedFile]:
-        """Fetch what is not whole in ``partial``, and remove what does not belong there."""
-        names = {wanted.name for wanted in self.wanted}
-        for file in partial.iterdir():  # of a download that was cut off
-            if file.name not in names:
-                file.unlink()
+        """Fetch what is not whole in ``partial``."""
         whole: dict[str, CheckedFile] = {}
         failure = S3Failure("")
         for attempt in range(_ATTEMPTS):
@@ -121,6 +122,13 @@ class _Download:
         if not self._missing(partial, whole):
             return whole
         raise S3Failure(f"{failure} ({_ATTEMPTS} attempts)")
+
+    def _remove_leftovers(self, partial: Path) -> None:
+        """Of a download that was cut off: ``name<digits>`` of s5cmd, ``name.<random>`` of boto3."""
+        names = {wanted.name for wanted in self.wanted}
+        for file in partial.iterdir():
+            if file.name not in names:
+                file.unlink()
 
     def _missing(self, partial: Path, whole: dict[str, CheckedFile]) -> list[S3Object]:
         """What is not yet whole; files that are damaged are removed."""

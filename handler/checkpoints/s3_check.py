@@ -38,8 +38,9 @@ def check(file: Path, told: S3Object, details: Callable[[], S3Details]) -> Check
     """Compare a file with what S3 tells; None when it is missing or damaged.
 
     Its size always; its MD5 with an ETag that is one; the MD5 of its parts' MD5s with the ETag of a
-    multi-part upload, for the usual part sizes and the one that ``details`` knows. Content whose
-    ETag is of another kind (SSE-KMS, SSE-C, an unknown part size) is compared by size alone.
+    multi-part upload, for the usual part sizes and the one that ``details`` knows (boto3 asks for
+    it, s5cmd cannot). Content whose ETag is of another kind (SSE-KMS, SSE-C, an unknown part size)
+    is compared by size alone, and by the CRC-32 of what came at later starts.
     """
     if not file.is_file() or file.stat().st_size != told.size:
         return None
@@ -53,7 +54,7 @@ def check(file: Path, told: S3Object, details: Callable[[], S3Details]) -> Check
     if known.etag_is_md5 and _parts(told.etag) and known.part_size:
         _, etags = _digests(file, [known.part_size])
         return CheckedFile(told.size, told.etag, crc32, "ETag") if told.etag in etags else None
-    logger.info("%s: its ETag %s says nothing of its content", file.name, told.etag)
+    logger.warning("%s: only its size is checked, the ETag %s is of no use", file, told.etag)
     return CheckedFile(told.size, told.etag, crc32, "size")
 
 

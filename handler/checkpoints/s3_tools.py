@@ -92,20 +92,19 @@ _WORDS: Mapping[str, tuple[str, bool]] = {
     # error code -> what it means, whether trying again is in vain
     "NoSuchBucket": ("there is no such bucket", True),
     "NoSuchKey": ("there is no such key", True),
-    "404": ("there is no such key", True),
     "no object found": ("there is no such key", True),
     "AccessDenied": ("no permission", True),
     "AllAccessDisabled": ("no permission", True),
-    "Forbidden": ("no permission", True),
-    "403": ("no permission", True),
     "InvalidAccessKeyId": ("the access key is not known", True),
     "SignatureDoesNotMatch": ("the secret key is wrong", True),
     "ExpiredToken": ("the credentials have expired", True),
     "InvalidToken": ("the session token is wrong", True),
     "NoCredentialProviders": ("there are no credentials", True),
     "NoCredentialsError": ("there are no credentials", True),
-    "NoSpaceLeft": ("the disk is full", True),
     "no space left on device": ("the disk is full", True),
+    # where S3 sends no code, as for HEAD; last, since s5cmd adds the status to every code
+    "404": ("there is no such key", True),
+    "403": ("no permission", True),
 }
 _UNREACHABLE = re.compile(
     "connection refused|no such host|send request failed|EndpointConnectionError|ConnectTimeout|"
@@ -138,12 +137,14 @@ class S5cmd:
         listed = self._run("ls", f"s3://{place.bucket}/{place.prefix}")
         start = len(f"s3://{place.bucket}/{place.prefix}")
         return [
-            S3Object(entry["key"][start:], int(entry["size"]), entry["etag"].strip('"'))
+            S3Object(entry["key"][start:], int(entry.get("size", 0)), entry["etag"].strip('"'))
             for entry in listed
             if entry["type"] == "file" and len(entry["key"]) > start
         ]
 
     def details(self, place: S3Place, name: str) -> S3Details:
+        if importlib.util.find_spec("boto3"):  # s5cmd cannot ask for a part
+            return Boto3().details(place, name)
         (head,) = self._run("head", f"s3://{place.bucket}/{place.prefix}{name}")
         encryption = str(head.get("server_side_encryption", ""))
         return S3Details(not encryption.startswith("aws:kms"), None)
@@ -220,7 +221,9 @@ class Boto3:
             read_timeout=60,
         )
         with _boto3_failures():
-            self._client = boto3.client("s3", endpoint_url=endpoint(), config=settings)
+            # a session of its own: the shared one keeps credentials that have changed
+            session = boto3.session.Session()
+            self._client = session.client("s3", endpoint_url=endpoint(), config=settings)
 
     def listing(self, place: S3Place) -> list[S3Object]:
         with _boto3_failures(f"bucket {place.bucket}: "):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from handler.checkpoints.architecture import T5_FAMILY, T5Architecture
 from handler.checkpoints.lora import MergedWeights
 from handler.checkpoints.read import Array, CheckpointWeights
-from handler.checkpoints.tensors import check_tensors
+from handler.checkpoints.tensors import HEAD, check_tensors
 from handler.errors import LoadError
 
 if TYPE_CHECKING:
@@ -74,12 +74,25 @@ def merge_adapter(model: Any, files: CheckpointWeights, adapter: Path) -> None:
     """Merge an adapter into the model's parameters, one at a time. Raises LoadError."""
     import torch
 
+    _untie(model, files)
     parameters = _Parameters(model, files)
     weights = MergedWeights(parameters, adapter)
     with torch.no_grad():
         for name in weights.changed:
             new = torch.from_numpy(weights.get(name, weights.shape(name)))
             parameters.of_the_model[name].copy_(new)
+
+
+def _untie(model: Any, files: CheckpointWeights) -> None:
+    """Give the head a parameter of its own where the checkpoint has a tensor of its own for it.
+
+    transformers 5 ties the two whenever they hold the same numbers.
+    """
+    import torch
+
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is embedding.weight and HEAD in files:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
 
 
 class _Parameters:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import httpx
 import pytest
+import torch
+
+from handler.checkpoints.read import CheckpointWeights
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted(
@@ -51,6 +55,21 @@ def test_the_readmes_curl_answers_what_the_readme_prints(server: httpx.Client) -
     )
     assert reply.text == found.group(2)
     assert reply.json() == json.loads(found.group(2))
+
+
+def test_the_conversion_in_the_docs_converts(demo: Path, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(demo, old, ignore=shutil.ignore_patterns(".*"))
+    weights = CheckpointWeights(old)
+    torch.save(
+        {n: torch.from_numpy(weights.get(n, weights.shape(n))) for n in weights},
+        old / "pytorch_model.bin",
+    )
+    (old / "model.safetensors").unlink()
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    assert CheckpointWeights(new).paths == [new / "model.safetensors"]
 
 
 def test_serving_properties_explains_every_line() -> None:

@@ -540,6 +540,68 @@ def test_a_damaged_checkpoint_is_told_in_one_line(
     assert str(checkpoint) in error
 
 
+def _with_bart_weights(change: Callable[[dict[str, np.ndarray]], Any]) -> Change:
+    def apply(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return apply
+
+
+_FC1 = "model.decoder.layers.1.fc1.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_with_bart_weights(lambda w: w.pop(_FC1)), f"no tensor {_FC1}; 1 weights"),
+        (
+            _with_bart_weights(lambda w: w.update({_FC1: w[_FC1][:, :-1].copy()})),
+            f"tensor {_FC1} has shape [48, 47], config.json makes it [48, 48]",
+        ),
+        (
+            _with_bart_weights(lambda w: w.update({_FC1: np.full_like(w[_FC1], np.nan)})),
+            f"tensor {_FC1} holds NaN or infinity",
+        ),
+        (_cut_short("model.safetensors"), "is truncated or padded"),
+    ],
+)
+def test_damaged_weights_of_other_models_are_named(
+    tmp_path: Path, change: Change, words: str
+) -> None:
+    _write_bart(tmp_path)
+    change(tmp_path)
+    error = _load_error(str(tmp_path))
+    assert f"{tmp_path / 'model.safetensors'}" in error
+    assert words in error
+
+
+def test_a_tensor_that_another_model_does_not_know_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _write_bart(tmp_path)
+    _with_bart_weights(lambda w: w.update(extra=np.ones(3, np.float32)))(tmp_path)
+    init_inference(str(tmp_path), backend="transformers").close()
+    assert "model.safetensors: tensor extra has no place in the model" in caplog.text
+
+
+def test_weights_beyond_the_range_of_the_dtype(checkpoint: Path) -> None:
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["shared.weight"][3, 4] = 3.4e38  # bf16's largest is 3.39e38
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    error = _load_error(str(checkpoint), dtype="bf16")
+    assert "tensor shared.weight is beyond the range of torch.bfloat16" in error
+
+
+def test_an_adapter_beside_the_weights_is_not_taken_for_a_name_of_another_base(
+    checkpoint: Path,
+) -> None:
+    """As transformers does where peft is installed."""
+    (checkpoint / "adapter_config.json").write_text('{"base_model_name_or_path": "t5-base"}')
+    assert "move the adapter to a folder of its own" in _load_error(str(checkpoint))
+
+
 def test_a_checkpoint_without_a_tokenizer(checkpoint: Path) -> None:
     (checkpoint / "tokenizer.json").unlink()
     (checkpoint / "spiece.model").unlink()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_checkpoints import write_checkpoint
@@ -210,6 +213,18 @@ def test_a_tied_head_cannot_be_changed_alone(tied: Path, tmp_path: Path, backend
     case = make(tied, tmp_path / "adapter", modules_to_save=["lm_head"])
     with pytest.raises(LoadError, match=r"belongs to lm_head\.weight, which .* has not"):
         answers(tied, backend, merge_adapter=str(case.adapter))
+
+
+def test_on_the_command_line(demo: Path, tmp_path: Path) -> None:
+    case = make(demo, tmp_path / "adapter", target_modules="all-linear")
+    options = [f"merge_adapter={case.adapter}", f"cache_dir={tmp_path / 'cache'}"]
+    told = [word for option in options for word in ("--option", option)]
+    command = [sys.executable, "-m", "handler", "generate", "--model", demo, *told, PROMPTS[0]]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    (expected, *_) = answers(
+        demo, "onnxruntime", merge_adapter=str(case.adapter), cache_dir=str(tmp_path / "cache")
+    )
+    assert ended.stdout.startswith(expected), ended.stderr
 
 
 @BACKENDS

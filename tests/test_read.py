@@ -326,6 +326,10 @@ WI = "encoder.block.0.layer.1.DenseReluDense.wi_1.weight"
         (saved([torch.ones(2)]), (BIN, "holds no tensors by name, but a list")),
         (saved({}), (BIN, "holds no tensors by name")),
         (saved({"state_dict": {}}), (BIN, "state_dict is no tensor, but a dict")),
+        (
+            with_weights(lambda w: w.update({NORM: np.ones(32, np.int8)})),
+            (SAFETENSORS, f"tensor {NORM} is of type I8, allowed are F64, F32, F16, BF16"),
+        ),
         (bin_with("lm_head.weight", torch.ones(640, 32, dtype=torch.int8)), ("type torch.int8",)),
     ],
 )

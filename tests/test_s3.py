@@ -25,7 +25,10 @@ from moto.server import ThreadedMotoServer
 
 from handler.checkpoints import s3_tools
 from handler.checkpoints.find import find_adapter, find_checkpoint
+from handler.checkpoints.progress import Progress
+from handler.cli.common import choose_model
 from handler.config import read_configuration
+from handler.engines import Model, init_inference
 from handler.errors import LoadError
 
 BUCKET, PREFIX = "models", "flan/small"
@@ -193,6 +196,23 @@ def test_what_changes_in_s3_is_downloaded_anew(s3: S3, tool: str, tmp_path: Path
     second = find(tmp_path)
     assert files_in(second)["model.safetensors"] == bytes(MIB)
     assert files_in(first) == FILES, "a process that reads the first one goes on"
+
+
+def test_a_model_and_its_adapter_in_s3_answer(
+    s3: S3, tool: str, tmp_path: Path, demo: Path, model: Model
+) -> None:
+    s3.put({name: (demo / name).read_bytes() for name in FILES}, "demo")
+    options = {"cache_dir": str(tmp_path)}
+    loaded = init_inference(f"s3://{BUCKET}/demo", **options)
+    texts = loaded.pipeline_generate(["Write 7 in words."])
+    loaded.close()
+    assert texts == model.pipeline_generate(["Write 7 in words."])
+    with pytest.raises(LoadError, match=r"option.merge_adapter=s3://models/flan: bucket models has"):
+        init_inference(str(demo), merge_adapter="s3://models/flan", **options)
+
+
+def test_a_model_in_s3_is_served_under_its_name() -> None:
+    assert choose_model(None, ["s3url=s3://my-bucket/t5/flan-xl/"]).name == "flan_xl"
 
 
 # What is checked
@@ -491,7 +511,9 @@ def test_a_disk_without_room(
 _FIND = """
 import json, logging, sys
 from handler.checkpoints.find import find_checkpoint
+from handler.cli.common import choose_model
 from handler.config import read_configuration
+from handler.engines import Model, init_inference
 logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
 print(find_checkpoint(read_configuration(properties=json.loads(sys.argv[1]))), flush=True)
 """
@@ -615,14 +637,21 @@ def test_progress_is_told_in_the_log(
     assert f"downloaded {ADDRESS} in " in caplog.text
 
 
+def test_progress_is_a_bar_on_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with Progress("source", tmp_path, MIB):
+        pass
+    assert "source:   0%" in capsys.readouterr().err
+
+
 def test_shares_of_a_long_download(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from handler.checkpoints import progress
-
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(progress, "_POLL_SECONDS", 0.01)
-    with progress.Progress("source", tmp_path, 10 * MIB) as watched:
+    monkeypatch.setattr("handler.checkpoints.progress._POLL_SECONDS", 0.01)
+    with Progress("source", tmp_path, 10 * MIB) as watched:
         for tenth in range(10):
             (tmp_path / f"{tenth}").write_bytes(os.urandom(MIB))
             deadline = time.monotonic() + WAIT

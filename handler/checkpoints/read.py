@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -44,7 +44,10 @@ class TensorFile(Protocol):
     def path(self) -> Path: ...
 
     @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+    def names(self) -> Collection[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a float tensor."""
 
     def read(self, name: str) -> Array:
         """The tensor in fp32."""
@@ -86,7 +89,7 @@ class CheckpointWeights:
         return name in self._files
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._file(name).shapes[name]
+        return self._file(name).shape(name)
 
     def file(self, name: str) -> Path:
         return self._file(name).path
@@ -125,7 +128,7 @@ class CheckpointWeights:
             file: TensorFile
             file = TorchFile(path) if path.suffix == ".bin" else SafetensorsFile(path)
             file.release()
-            for name in file.shapes:
+            for name in file.names:
                 if name in found:
                     raise LoadError(f"tensor {name} is in {found[name].path} and in {path}")
                 found[name] = file

@@ -14,6 +14,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from handler.checkpoints.s3_check import (
 from handler.checkpoints.s3_tools import S3Failure, S3Object, S3Place, S3Tool, find_tool
 from handler.checkpoints.selection import Selection
 from handler.errors import LoadError
-from handler.machine import users_cache
+from handler.machine import usable_cpus, users_cache
 
 logger = logging.getLogger(__name__)
 
@@ -132,20 +133,19 @@ class _Download:
 
     def _missing(self, partial: Path, whole: dict[str, CheckedFile]) -> list[S3Object]:
         """What is not yet whole; files that are damaged are removed."""
-        missing = []
-        for wanted in self.wanted:
-            if wanted.name in whole:
-                continue
-            file = partial / wanted.name
-            checked = check(
-                file, wanted, functools.partial(self.tool.details, self.place, wanted.name)
-            )
-            if checked is None:
-                file.unlink(missing_ok=True)
-                missing.append(wanted)
-            else:
-                whole[wanted.name] = checked
-        return missing
+        unknown = [wanted for wanted in self.wanted if wanted.name not in whole]
+
+        def checked(wanted: S3Object) -> CheckedFile | None:
+            details = functools.partial(self.tool.details, self.place, wanted.name)
+            return check(partial / wanted.name, wanted, details)
+
+        with ThreadPoolExecutor(min(8, usable_cpus())) as pool:
+            for wanted, file in zip(unknown, pool.map(checked, unknown)):
+                if file is None:
+                    (partial / wanted.name).unlink(missing_ok=True)
+                else:
+                    whole[wanted.name] = file
+        return [wanted for wanted in unknown if wanted.name not in whole]
 
     def _fetch(self, missing: Sequence[S3Object], partial: Path) -> None:
         size = sum(wanted.size for wanted in missing)

@@ -54,7 +54,7 @@ class SafetensorsFile:
             raise LoadError(f"{path} cannot be read: {error}") from error
         self._start = 8 + length
         self._places = self._read_header(header, size)
-        self.shapes = {name: place.shape for name, place in self._places.items()}
+        self.names = self._places.keys()
 
     def _read_header(self, header: bytes, size: int) -> dict[str, _Place]:
         try:
@@ -90,15 +90,19 @@ class SafetensorsFile:
                 f"{list(place.shape)}"
             )
 
-    def read(self, name: str) -> npt.NDArray[np.float32]:
+    def shape(self, name: str) -> tuple[int, ...]:
         place = self._places[name]
-        kind = _NUMPY_TYPES.get(place.dtype)
-        if kind is None:
+        if place.dtype not in _NUMPY_TYPES:
             raise LoadError(
                 f"{self.path}: tensor {name} is of type {place.dtype}, allowed are "
                 f"{', '.join(_NUMPY_TYPES)}"
             )
-        count = math.prod(place.shape)
+        return place.shape
+
+    def read(self, name: str) -> npt.NDArray[np.float32]:
+        place = self._places[name]
+        count = math.prod(self.shape(name))
+        kind = _NUMPY_TYPES[place.dtype]
         try:
             flat = np.fromfile(self.path, kind, count, offset=self._start + place.begin)
         except OSError as error:

@@ -41,15 +41,20 @@ class TorchFile:
         mappable = "mmap" in inspect.signature(torch.load).parameters and zipfile.is_zipfile(path)
         self._arguments: dict[str, Any] = {"mmap": True} if mappable else {}
         self._state: dict[str, Tensor] | None = None
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._load().items()}
+        self._kinds = {n: (tuple(t.shape), str(t.dtype)) for n, t in self._load().items()}
+        self.names = self._kinds.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        shape, dtype = self._kinds[name]
+        if dtype not in _FLOAT_TYPES:
+            raise LoadError(
+                f"{self.path}: tensor {name} is of type {dtype}, allowed are "
+                f"{', '.join(_FLOAT_TYPES)}"
+            )
+        return shape
 
     def read(self, name: str) -> npt.NDArray[np.float32]:
         tensor = self._load()[name]
-        if str(tensor.dtype) not in _FLOAT_TYPES:
-            raise LoadError(
-                f"{self.path}: tensor {name} is of type {tensor.dtype}, allowed are "
-                f"{', '.join(_FLOAT_TYPES)}"
-            )
         torch = self._torch()
         # a copy: the view of a mapping would end with it
         copy = tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +17,19 @@ from handler.errors import LoadError
 if TYPE_CHECKING:
     import torch
 
+logger = logging.getLogger(__name__)
+
 
 def checked_files(folder: Path, config: Mapping[str, Any]) -> CheckpointWeights:
     """The checkpoint's files: whole, each tensor once, those of the T5 family all and no other.
 
     Reads headers only. Raises LoadError naming tensor and file.
     """
+    if (folder / "adapter_config.json").is_file() and importlib.util.find_spec("peft"):
+        raise LoadError(
+            f"{folder} has an adapter_config.json, for which transformers would load another base; "
+            "move the adapter to a folder of its own and set option.merge_adapter to it"
+        )
     files = CheckpointWeights(folder)
     if config["model_type"] in T5_FAMILY:
         check_tensors(files, T5Architecture.from_config(config))
@@ -33,6 +42,8 @@ def refuse_what_transformers_passed_over(
     files: CheckpointWeights, config: Mapping[str, Any], told: Mapping[str, Any]
 ) -> None:
     """It goes on with random numbers where a tensor is missing or misshapen. Raises LoadError.
+
+    What it did not know is a warning: some checkpoints carry buffers of old versions.
 
     told: from_pretrained's loading info.
     """
@@ -49,6 +60,8 @@ def refuse_what_transformers_passed_over(
             f"{where}: no tensor {missing[0]}; {len(missing)} weights of a model of type "
             f"{config['model_type']} are missing, complete its files or change option.model_id"
         )
+    for name in sorted(told.get("unexpected_keys") or ()):
+        logger.warning("%s: tensor %s has no place in the model", where, name)
 
 
 def refuse_numbers_that_are_none(model: Any, files: CheckpointWeights) -> None:
@@ -63,7 +76,8 @@ def refuse_numbers_that_are_none(model: Any, files: CheckpointWeights) -> None:
     if not wrong:
         return
     for name in files:
-        files.get(name, files.shape(name))
+        if any(name.endswith(n) or n.endswith(name) for n in wrong):  # some have a prefix more
+            files.get(name, files.shape(name))
     raise LoadError(
         f"{_listed(files.paths)}: tensor {wrong[0]} is beyond the range of "
         f"{model.get_parameter(wrong[0]).dtype}; set option.dtype=bf16 or fp32"

@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 _FLOAT_TYPES = ("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16")
 # How versions of torch say that a pickle names something else than tensors and their parts.
 _MORE_THAN_TENSORS = re.compile(r"[Uu]nsupported (?:global|GLOBAL|class):? (?:GLOBAL )?([\w.]+)")
+_MOST_MAPPED_BYTES = 1 << 27  # that are read before the file is mapped anew
 _LONGEST_REASON = 100
 
 
 class TorchFile:
     """See TensorFile. The pickle is read with weights_only: it can make tensors and run no code.
 
-    Where torch can map the file (2.1 and newer, files in the zip form) it is mapped for one tensor
-    at a time; else its content stays in memory until ``release``. Raises LoadError.
+    Where torch can map the file (2.1 and newer, files in the zip form) it is mapped, anew now and
+    then, since pages that were read count as the process's memory until then; else its content
+    stays in memory until ``release``. Raises LoadError.
     """
 
     def __init__(self, path: Path) -> None:
@@ -41,6 +43,7 @@ class TorchFile:
         mappable = "mmap" in inspect.signature(torch.load).parameters and zipfile.is_zipfile(path)
         self._arguments: dict[str, Any] = {"mmap": True} if mappable else {}
         self._state: dict[str, Tensor] | None = None
+        self._read_bytes = 0
         self._kinds = {n: (tuple(t.shape), str(t.dtype)) for n, t in self._load().items()}
         self.names = self._kinds.keys()
 
@@ -58,11 +61,15 @@ class TorchFile:
         torch = self._torch()
         # a copy: the view of a mapping would end with it
         copy = tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        self._read_bytes += tensor.numel() * tensor.element_size()
+        if self._arguments and self._read_bytes > _MOST_MAPPED_BYTES:
+            self.release()
         array: npt.NDArray[np.float32] = copy.numpy()
         return array
 
     def release(self) -> None:
         self._state = None
+        self._read_bytes = 0
 
     def _torch(self) -> Any:
         try:
@@ -91,8 +98,7 @@ class TorchFile:
                     f"{self.path}: {name} is no tensor, but a {type(tensor).__name__}; save the "
                     "model's state_dict() alone"
                 )
-        if not self._arguments:
-            self._state = state
+        self._state = state
         return state
 
     def _refusal(self, error: Exception) -> str:

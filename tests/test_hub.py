@@ -23,12 +23,15 @@ MODEL = "someone/tiny-t5"
 class Hub:
     """A hub of one model, as far as huggingface_hub asks it, on 127.0.0.1.
 
-    ``files``: revision -> name -> content. ``downloaded``: names that were sent.
+    ``files``: revision -> name -> content. ``downloaded``: names that were sent. ``token``:
+    where it is set, nobody else is answered, and ``gated`` decides how they are refused.
     """
 
     def __init__(self) -> None:
         self.files: dict[str, dict[str, bytes]] = {}
         self.downloaded: list[str] = []
+        self.token = ""
+        self.gated = False
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -54,6 +57,9 @@ class Hub:
         self.server.server_close()
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
+        if self.token and request.headers.get("authorization") != f"Bearer {self.token}":
+            code = "GatedRepo" if self.gated else "RepoNotFound"
+            return _send(request, 403 if self.gated else 401, {"x-error-code": code}, b"")
         path = unquote(urlsplit(request.path).path)
         parts = path.strip("/").split("/")
         if path == f"/api/models/{MODEL}":
@@ -124,15 +130,15 @@ def hub() -> Iterator[Hub]:
     hub.close()
 
 
-def find_on(hub: Hub, cache: Path, **properties: str) -> Path:
+def find_on(hub: Hub, cache: Path, what: str = "find_checkpoint", **properties: str) -> Path:
     """The folder that a new process finds: huggingface_hub reads HF_ENDPOINT when imported."""
-    found = _run_find(hub, cache, **properties)
+    found = _run_find(hub, cache, what, **properties)
     assert found.returncode == 0, found.stderr
     return Path(found.stdout.strip())
 
 
 def error_on(hub: Hub, cache: Path, **properties: str) -> str:
-    found = _run_find(hub, cache, **properties)
+    found = _run_find(hub, cache, "find_checkpoint", **properties)
     assert found.returncode == 3, found.stderr
     assert found.stdout.count("\n") == 1
     return found.stdout
@@ -140,21 +146,23 @@ def error_on(hub: Hub, cache: Path, **properties: str) -> str:
 
 _FIND = """
 import json, sys
-from handler.checkpoints.find import find_checkpoint
+from handler.checkpoints import find
 from handler.config import read_configuration
 from handler.errors import LoadError
 try:
-    print(find_checkpoint(read_configuration(properties=json.loads(sys.argv[1]))))
+    print(getattr(find, sys.argv[2])(read_configuration(properties=json.loads(sys.argv[1]))))
 except LoadError as error:
     print(error)
     sys.exit(3)
 """
 
 
-def _run_find(hub: Hub, cache: Path, **properties: str) -> subprocess.CompletedProcess[str]:
+def _run_find(
+    hub: Hub, cache: Path, what: str, **properties: str
+) -> subprocess.CompletedProcess[str]:
     properties = {"model_id": MODEL, "cache_dir": str(cache), **properties}
     return subprocess.run(
-        [sys.executable, "-c", _FIND, json.dumps(properties)],
+        [sys.executable, "-c", _FIND, json.dumps(properties), what],
         env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0"},
         cwd=Path(__file__).parents[1],
         capture_output=True,
@@ -230,6 +238,8 @@ def test_a_folder_wins_over_the_hub(hub: Hub, tmp_path: Path) -> None:
     ("properties", "words"),
     [
         ({"model_id": "someone/other"}, "option.model_id=someone/other is no folder and could not"),
+        ({"model_id": "someone/other"}, "the hub has no such model, or hides it; correct the name"),
+        ({"revision": "v9"}, "the hub has no such revision; change option.revision"),
         ({"model_id": "nowhere"}, "option.model_id=nowhere is no folder and could not be"),
         ({"revision": "v9"}, f"option.model_id={MODEL} at revision v9 is no folder and could not"),
         ({"model_id": "a--b"}, "option.model_id=a--b is no folder and could not be downloaded"),
@@ -242,6 +252,32 @@ def test_what_the_hub_does_not_have(
 ) -> None:
     hub.files["main"] = dict(_SMALL)
     assert words in error_on(hub, tmp_path, **properties)
+
+
+@pytest.mark.parametrize(
+    ("gated", "words"),
+    [(True, "it is gated; accept its terms on its page and set HF_TOKEN"), (False, "hides it")],
+)
+def test_a_model_that_needs_a_token(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gated: bool, words: str
+) -> None:
+    hub.files["main"] = {**_SMALL, "model.safetensors": b"weights"}
+    hub.token, hub.gated = "secret", gated
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert words in error_on(hub, tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "wrong")
+    assert "set HF_TOKEN to" in error_on(hub, tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert (find_on(hub, tmp_path) / "model.safetensors").read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter(hub: Hub, tmp_path: Path, weights: str) -> None:
+    wanted = {"adapter_config.json": b"{}", weights: b"w"}
+    hub.files["main"] = {**_SMALL, **wanted, "model.safetensors": b"a whole model"}
+    properties = {"model_id": "elsewhere", "merge_adapter": MODEL}
+    folder = find_on(hub, tmp_path, what="find_adapter", **properties)
+    assert {file.name for file in folder.iterdir()} == set(wanted)
 
 
 def test_a_model_of_the_hub_without_config(hub: Hub, tmp_path: Path) -> None:

@@ -39,7 +39,6 @@ _ADDRESS = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.*))?")
 _ATTEMPTS = 4
 _FIRST_WAIT = 1.0  # seconds between attempts, doubled each time
 _STALL_SECONDS = 120
-_LOCK_POLL_SECONDS = 0.2
 
 
 def download(address: str, selection: Selection, *, option: str, cache_dir: str | None) -> Path:
@@ -129,7 +128,7 @@ class _Download:
         names = {wanted.name for wanted in self.wanted}
         for file in partial.iterdir():
             if file.name not in names:
-                file.unlink()
+                file.unlink(missing_ok=True)
 
     def _missing(self, partial: Path, whole: dict[str, CheckedFile]) -> list[S3Object]:
         """What is not yet whole; files that are damaged are removed."""
@@ -218,7 +217,7 @@ def _lock(file: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         logger.info("another process is downloading; waiting for it (%s)", file)
-        lock.acquire(poll_interval=_LOCK_POLL_SECONDS)
+        lock.acquire()
     try:
         yield
     finally:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Union
 
 from handler.errors import LoadError, nearest, shown
+from handler.prompt_template import TemplateError, placeholders
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +110,10 @@ def _boolean(value: Any) -> bool:
 
 
 def _template(value: Any) -> str:
-    if "{input}" not in _text(value):
-        raise _Refused("a text that contains {input}")
+    try:
+        placeholders(_text(value))
+    except TemplateError:
+        raise _Refused("a text that contains {input} and doubles other braces ({{ for {)") from None
     return str(value)
 
 
@@ -225,7 +228,8 @@ class Configuration:
     prompt_template: str = _property(
         "{input}",
         _template,
-        "Put around every input.",
+        "Put around every input. A request's variables fill other names in braces, and its own "
+        "template takes this one's place; {{ and }} stand for braces.",
         example="Summarize: {input}",
     )
     merge_adapter: str | None = _property(

@@ -91,13 +91,14 @@ class GenerationResult:
 class TokenEvent:
     """One step of a stream. ``text`` may be empty: a token that only begins a character or word.
 
-    The last event carries the whole ``result``.
+    The last event carries the whole ``result``. ``top_tokens`` as in GenerationResult.
     """
 
     text: str
     token_id: int
     log_prob: float
     result: GenerationResult | None = None
+    top_tokens: tuple[TopToken, ...] = ()
 
 
 @dataclass
@@ -173,12 +174,13 @@ class Generation:
         continuation = self.continuation
         if continuation.append(token_id, log_prob, top_tokens) is None:
             if self._on_event is not None:
-                self._on_event(TokenEvent(continuation.unsent(), token_id, log_prob))
+                text = continuation.unsent()
+                self._on_event(TokenEvent(text, token_id, log_prob, None, top_tokens))
             return False
         result = self._result(continuation)
         if self._on_event is not None:
             rest = continuation.rest(result.text)
-            self._on_event(TokenEvent(rest, token_id, log_prob, result))
+            self._on_event(TokenEvent(rest, token_id, log_prob, result, top_tokens))
         self._resolve(result)
         return True
 

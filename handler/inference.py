@@ -90,18 +90,33 @@ class Model:
         Closing the iterator cancels the request. Raises RequestError.
         """
         events: queue.SimpleQueue[TokenEvent | None] = queue.SimpleQueue()
-        if request.parameters.num_beams > 1:
-            raise RequestError(
-                "a stream needs num_beams 1 (beams change their beginnings), got "
-                f"{request.parameters.num_beams}"
-            )
-        (generation,) = self._generations(request, on_event=events.put)
-        generation.future.add_done_callback(lambda _: events.put(None))
-        self._runner.submit([generation])
-        stream = _stream(events, generation.future)
+        future = self.submit_stream(request, events.put)
+        stream = _stream(events, future)
         # A generator that was never begun runs none of its code when it is closed.
-        weakref.finalize(stream, generation.future.cancel)
+        weakref.finalize(stream, future.cancel)
         return stream
+
+    def submit_stream(
+        self, request: GenerationRequest, on_event: Callable[[TokenEvent | None], None]
+    ) -> Future[GenerationResult]:
+        """Queue a request without waiting; cancelling the future frees its row.
+
+        on_event: called by the engine's thread with each token, and with None at the end, which
+        is all that comes where the generation fails; the future tells why. Raises RequestError.
+        """
+        p = request.parameters
+        if p.num_beams > 1:
+            raise RequestError(
+                f"a stream needs num_beams 1 (beams change their beginnings), got {p.num_beams}"
+            )
+        if p.num_return_sequences > 1:
+            raise RequestError(
+                f"a stream has one text, got num_return_sequences {p.num_return_sequences}"
+            )
+        (generation,) = self._generations(request, on_event=on_event)
+        generation.future.add_done_callback(lambda _: on_event(None))
+        self._runner.submit([generation])
+        return generation.future
 
     def score(self, requests: list[ScoreRequest]) -> list[list[GenerationResult]]:
         """For each request and each of its targets, in their order: the target's tokens with their

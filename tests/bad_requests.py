@@ -13,6 +13,10 @@ def _parameters(value: object) -> bytes:
     return json.dumps({"inputs": "Write 7 in words.", "parameters": value}).encode()
 
 
+def _body(**fields: object) -> bytes:
+    return json.dumps(fields).encode()
+
+
 def _raw(parameter: str, value: str) -> bytes:
     """A value that json.dumps would not write."""
     return b'{"inputs": "x", "parameters": {"%s": %s}}' % (parameter.encode(), value.encode())
@@ -147,7 +151,6 @@ WRONG_PARAMETERS = [
     ("truncate zero", _parameters({"truncate": 0}), "true, false or the most input tokens"),
     ("truncate above", _parameters({"truncate": 2000}), "at most 1024 (option.max_input_tokens)"),
     ("stream text", _parameters({"stream": "yes"}), "true or false"),
-    ("stream not supported yet", _parameters({"stream": True}), "is not supported by backend"),
     ("stream beside", b'{"inputs": "x", "stream": 1}', "parameter 'stream' must be true or false"),
     (
         "stream twice",
@@ -159,6 +162,118 @@ WRONG_PARAMETERS = [
         _parameters({"stream": True, "num_beams": 2}),
         "'stream' must be false with num_beams > 1",
     ),
+    (
+        "a stream of several",
+        _parameters({"stream": True, "n": 2, "temperature": 1}),
+        "'stream' must be false with num_return_sequences > 1",
+    ),
+    ("a stream of a list", _body(inputs=["a", "b"], stream=True), "a list cannot be streamed, got"),
+    ("a stream of a list of one", _body(inputs=["a"], stream=True), "a list cannot be streamed"),
+    ("watermark", _parameters({"watermark": True}), "parameter 'watermark' is not supported"),
+    ("grammar", _parameters({"grammar": {"type": "regex", "value": "a"}}), "'grammar' is not"),
+    ("adapter_id", _parameters({"adapter_id": "x"}), "parameter 'adapter_id' is not supported"),
+    ("prefill", _parameters({"decoder_input_details": True}), "'decoder_input_details' is not"),
 ]
 
-BAD_REQUESTS = BROKEN_JSON + WRONG_SHAPE + WRONG_PARAMETERS
+WRONG_TEMPLATES = [
+    ("no text", _body(inputs="x", template=5), "'template' must be a string, got 5"),
+    ("an empty template", _body(inputs="x", template=""), "must contain {input}, got ''"),
+    ("no place", _body(inputs="x", template="a {b}"), "must contain {input}, got 'a {b}'"),
+    ("no place but braces", _body(inputs="x", template="{{input}}"), "must contain {input}"),
+    ("a single brace", _body(inputs="x", template="{input} }"), "a single one at character 8"),
+    ("an open brace", _body(inputs="x", template="{input} {"), "a single one at character 8"),
+    ("a format", _body(inputs="x", template="{input!r}"), "a single one at character 0"),
+    ("an attribute", _body(inputs="x", template="{input.a}"), "a single one at character 0"),
+    ("a number", _body(inputs="x", template="{input} {0}"), "a single one at character 8"),
+    (
+        "no value",
+        _body(inputs="x", template="{language}: {input}"),
+        "the template's {language} has no value; send it in 'variables'",
+    ),
+    (
+        "not used",
+        _body(inputs="x", template="{a} {input}", variables={"a": "b", "c": "d"}),
+        "the variable 'c' is not used: the template has {a}, {input}",
+    ),
+    ("not used at all", _body(inputs="x", variables={"a": "b"}), "'a' is not used"),
+    ("variables a list", _body(inputs="x", variables=["a"]), "'variables' must be an object"),
+    (
+        "a variable that is no text",
+        _body(inputs="x", template="{a}{input}", variables={"a": 1}),
+        "the variable 'a' must be a string, got 1",
+    ),
+    (
+        "the input as a variable",
+        _body(inputs="x", variables={"input": "y"}),
+        "the variable 'input' is what 'inputs' holds",
+    ),
+    (
+        "half a surrogate pair in a variable",
+        b'{"inputs": "x", "template": "{a}{input}", "variables": {"a": "\\ud83d"}}',
+        "half a surrogate pair",
+    ),
+    ("template misspelt", _body(inputs="x", templat="{input}"), "did you mean 'template'?"),
+    ("inputs and prompt", _body(inputs="x", prompt="x"), "unknown field 'prompt'"),
+]
+
+BAD_REQUESTS = BROKEN_JSON + WRONG_SHAPE + WRONG_PARAMETERS + WRONG_TEMPLATES
+
+
+def _prompt(prompt: object = "Write 7 in words.", **fields: object) -> bytes:
+    return _body(prompt=prompt, **fields)
+
+
+# OpenAI's schema: (name, body, words, the field that the error names)
+BAD_COMPLETIONS: list[tuple[str, bytes, str, str | None]] = [
+    ("no prompt", _prompt(None), "'prompt' is missing", "prompt"),
+    ("a number", _prompt(5), "must be a string or a list of strings, got 5", "prompt"),
+    ("an empty list", _prompt([]), "must be a string or a list of strings", "prompt"),
+    ("an empty text", _prompt(""), "prompt must not be empty or blank", None),
+    ("a blank one in the list", _prompt(["a", " "]), "prompt[1] must not be empty", None),
+    ("token ids", _prompt([8774, 6]), "holds token ids, which are another tokenizer's", "prompt"),
+    ("lists of token ids", _prompt([[8774], [6]]), "holds token ids", "prompt"),
+    ("texts and ids", _prompt(["a", 6]), "prompt[1] must be a string, got 6", None),
+    ("too long in the list", _prompt(["a", "word " * 5000]), "prompt[1]: the input has", None),
+    ("an unknown field", _prompt(foo=1), "unknown field 'foo'; allowed are prompt", "foo"),
+    ("a misspelt field", _prompt(max_token=1), "did you mean 'max_tokens'?", "max_token"),
+    ("parameters", _prompt(parameters={}), "unknown field 'parameters'", "parameters"),
+    ("max_tokens zero", _prompt(max_tokens=0), "an integer from 1", "max_tokens"),
+    ("max_tokens above", _prompt(max_tokens=513), "at most 512", "max_new_tokens"),
+    ("temperature", _prompt(temperature="hot"), "a number from 0", "temperature"),
+    ("top_p above", _prompt(top_p=2), "a number from 0 to 1", "top_p"),
+    ("top_p boolean", _prompt(top_p=False), "a number from 0 to 1, got False", "top_p"),
+    ("n zero", _prompt(n=0), "an integer from 1", "n"),
+    ("n text", _prompt(n="2"), "got '2'", "n"),
+    ("best_of below n", _prompt(n=3, best_of=2), "at least n (3), got 2", "best_of"),
+    ("logprobs above", _prompt(logprobs=6), "an integer from 0 to 5, got 6", "logprobs"),
+    ("logprobs as in a chat", _prompt(logprobs=True), "from 0 to 5, got True", "logprobs"),
+    ("seed too small", _prompt(seed=-(2**63) - 1), "an integer from 0", "seed"),
+    ("stop a number", _prompt(stop=5), "a string, a list of strings", "stop"),
+    ("presence_penalty above", _prompt(presence_penalty=3), "from -2 to 2", "presence_penalty"),
+    ("echo", _prompt(echo=True), "parameter 'echo' is not supported; leave it out", "echo"),
+    ("suffix", _prompt(suffix="x"), "parameter 'suffix' is not supported", "suffix"),
+    ("logit_bias", _prompt(logit_bias={"5": 1}), "'logit_bias' is not supported", "logit_bias"),
+    ("model a number", _prompt(model=1), "'model' must be a string, got 1", "model"),
+    ("user a number", _prompt(user=1), "'user' must be a string, got 1", "user"),
+    ("stream text", _prompt(stream="yes"), "true or false", "stream"),
+    ("a stream of a list", _prompt(["a"], stream=True), "a list cannot be streamed", None),
+    ("options alone", _prompt(stream_options={}), "is for a stream", "stream_options"),
+    (
+        "options a list",
+        _prompt(stream=True, stream_options=[]),
+        "must be an object",
+        "stream_options",
+    ),
+    (
+        "an unknown option",
+        _prompt(stream=True, stream_options={"usage": True}),
+        "unknown field 'usage'",
+        "usage",
+    ),
+    (
+        "an option of the wrong type",
+        _prompt(stream=True, stream_options={"include_usage": 1}),
+        "true or false, got 1",
+        "include_usage",
+    ),
+]

@@ -31,6 +31,9 @@ from handler.parameters import (
 )
 from handler.runner import Runner
 
+# What a stream has besides those of its runner.
+SUPPORTED_PARAMETERS = frozenset({"stream"})
+
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that the draws of a request have seeds that differ
 _SHORT_TEXT = 32_768  # characters that are tokenized whatever the limit
 _CHARACTERS_OF_A_TOKEN = 16  # more than any tokenizer puts into its average token
@@ -195,7 +198,9 @@ class Model:
             raise RequestError(
                 f"backend {self.backend} scores no given texts; set option.backend=onnxruntime"
             )
-        honoured = self._runner.supported_parameters | ({"stream"} if streams else set())
+        honoured = self._runner.supported_parameters
+        if streams:
+            honoured |= SUPPORTED_PARAMETERS
         if parameters.num_beams == 1:  # several draws are several generations
             honoured |= {"num_return_sequences"}
         for name in parameters_in_use(parameters):

@@ -129,7 +129,6 @@ WRONG_PARAMETERS = [
     ("early_stopping text", _parameters({"early_stopping": "always"}), 'true, false or "never"'),
     ("n without sampling", _parameters({"n": 2}), "at most num_beams (1) unless"),
     ("n above", _parameters({"n": 17, "do_sample": True}), "at most 16 (option.max_rows)"),
-    ("n not supported yet", _parameters({"n": 2, "temperature": 1}), "is not supported by backend"),
     ("seed negative", _parameters({"seed": -1}), "an integer from 0"),
     ("seed above", _parameters({"seed": 2**64}), "to 18446744073709551615"),
     ("repetition_penalty zero", _parameters({"repetition_penalty": 0}), "a number above 0"),

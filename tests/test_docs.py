@@ -72,6 +72,52 @@ def test_the_conversion_in_the_docs_converts(demo: Path, tmp_path: Path) -> None
     assert CheckpointWeights(new).paths == [new / "model.safetensors"]
 
 
+EXAMPLE = re.compile(r"```\nPOST (\S+)\n(?:Accept: (\S+)\n)?(\{.*\})\n\n((?s:.*?))\n```")
+EXAMPLES = EXAMPLE.findall((ROOT / "docs" / "requests.md").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("path", "accept", "body", "answer"), EXAMPLES, ids=[body for _, _, body, _ in EXAMPLES]
+)
+def test_examples_of_requests_are_answered_so(
+    server: httpx.Client, path: str, accept: str, body: str, answer: str
+) -> None:
+    headers = {"accept": accept or "*/*", "content-type": "application/json"}
+    reply = server.post(path, content=body, headers=headers)
+    found, told = reply.text.strip().splitlines(), answer.splitlines()
+    assert len(found) == len(told)
+    for line, expected in zip(found, told):
+        assert (line[:6] == "data: ") == (expected[:6] == "data: ")
+        assert_alike(_value(line), _value(expected))
+
+
+def test_there_are_examples_of_every_schema() -> None:
+    assert len(EXAMPLES) >= 10
+    assert {path for path, *_ in EXAMPLES} == {"/invocations", "/generate", "/v1/completions"}
+
+
+def _value(line: str) -> object:
+    line = line.removeprefix("data: ")
+    return json.loads(line) if line.startswith("{") else line
+
+
+def assert_alike(found: object, told: object) -> None:
+    """But for rounding, and what differs from one answer to the next."""
+    if isinstance(told, dict):
+        assert isinstance(found, dict)
+        assert list(found) == list(told)
+        for name in told:
+            if not ("object" in told and name in ("id", "created")):
+                assert_alike(found[name], told[name])
+    elif isinstance(told, list):
+        assert isinstance(found, list)
+        assert len(found) == len(told)
+        for each, expected in zip(found, told):
+            assert_alike(each, expected)
+    else:
+        assert found == (pytest.approx(told, abs=2e-3) if isinstance(told, float) else told)
+
+
 def test_serving_properties_explains_every_line() -> None:
     lines = (ROOT / "serving.properties").read_text(encoding="utf-8").splitlines()
     for above, line in zip(lines, lines[1:]):

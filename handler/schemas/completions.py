@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from handler.errors import RequestError, shown
-from handler.generation import GenerationResult, TokenEvent, TopToken, checked_text
+from handler.continuation import TopToken
+from handler.generation import GenerationResult, TokenEvent, checked_text
 from handler.parameter_checks import Refused, boolean, integer
 from handler.parameters import parse_parameters
 from handler.schemas.inputs import check_fields, request_of
@@ -21,6 +22,7 @@ from handler.schemas.protocol import Deployment, ParsedRequest, StreamWriter
 from handler.schemas.records import (
     EVENT_STREAM,
     check_finite,
+    is_special,
     server_sent_event,
     text_alone,
     token_texts,
@@ -244,9 +246,9 @@ def _logprobs(result: GenerationResult, tokenizer: Tokenizer) -> Json:
 def _token(
     token_id: int, log_prob: float, text: str, tops: Sequence[TopToken], tokenizer: Tokenizer
 ) -> tuple[str, float, dict[str, float] | None]:
-    """Its text (where it has none, as the vocabulary writes it), log-probability, and those of the
-    likeliest, itself among them."""
-    name = text or text_alone(token_id, tokenizer)
+    """Its text (a special token's name), its log-probability, and those of the likeliest, itself
+    among them."""
+    name = text_alone(token_id, tokenizer) if is_special(token_id, tokenizer) else text
     others = {text_alone(t.token_id, tokenizer): t.log_prob for t in tops if t.token_id != token_id}
     return name, log_prob, {name: log_prob, **others} if tops else None
 

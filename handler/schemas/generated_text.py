@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from handler.errors import RequestError
-from handler.generation import GenerationRequest, GenerationResult, TokenEvent, TopToken
+from handler.continuation import TopToken
+from handler.generation import GenerationRequest, GenerationResult, TokenEvent
 from handler.schemas.inputs import parse_inputs
 from handler.schemas.protocol import Deployment, ParsedRequest, StreamWriter
 from handler.schemas.records import (
@@ -133,12 +134,12 @@ class _GeneratedText(_InputsSchema):
     ) -> Json:
         item: Json = {"generated_text": _full_text(request, text, result)}
         if _wants_details(request) or result.alternatives:
-            details = self._details(text, prompt, result, tokenizer)
+            details = self._details(text, prompt.parameters.seed, result, tokenizer)
             if result.alternatives:
                 details["best_of_sequences"] = [
                     {
                         "generated_text": _full_text(request, text, other),
-                        **self._details(text, prompt, other, tokenizer),
+                        **self._details(text, None, other, tokenizer),
                     }
                     for other in result.alternatives
                 ]
@@ -146,8 +147,9 @@ class _GeneratedText(_InputsSchema):
         return item
 
     def _details(
-        self, text: str, prompt: GenerationRequest, result: GenerationResult, tokenizer: Tokenizer
+        self, text: str, seed: int | None, result: GenerationResult, tokenizer: Tokenizer
     ) -> Json:
+        """seed: the prompt's; None for its further sequences, whose seeds follow from it."""
         raise NotImplementedError
 
 
@@ -155,7 +157,7 @@ class Lmi(_GeneratedText):
     """LMI's: one object, or a list of them for a list of inputs."""
 
     def _details(
-        self, text: str, prompt: GenerationRequest, result: GenerationResult, tokenizer: Tokenizer
+        self, text: str, seed: int | None, result: GenerationResult, tokenizer: Tokenizer
     ) -> Json:
         details = {**_common_details(result), "inputs": text}
         return {**details, **_tokens(result, tokenizer, _lmi_token)}
@@ -173,9 +175,8 @@ class TgiGenerate(_GeneratedText):
         return _tgi_error(error)
 
     def _details(
-        self, text: str, prompt: GenerationRequest, result: GenerationResult, tokenizer: Tokenizer
+        self, text: str, seed: int | None, result: GenerationResult, tokenizer: Tokenizer
     ) -> Json:
-        seed = prompt.parameters.seed
         details = {**_common_details(result), "seed": seed, "prefill": []}
         return {**details, **_tokens(result, tokenizer, _tgi_token)}
 

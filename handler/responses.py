@@ -62,6 +62,7 @@ def error_reply(schema: Schema, error: Exception) -> Reply:
     """The answer to a request that failed. An error that is not a RequestError is a 424."""
     if not isinstance(error, RequestError):
         error = RequestError(one_line(str(error)) or type(error).__name__, 424)
+    error = schema.worded(error)
     headers = {"content-type": JSON}
     if error.code == 503:
         headers["retry-after"] = _RETRY_AFTER

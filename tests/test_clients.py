@@ -74,6 +74,38 @@ def test_openai_logprobs(openai_client: openai.OpenAI, text: str) -> None:
     assert logprobs.text_offset[1] == len(logprobs.tokens[0])
 
 
+def test_openai_likeliest_tokens(openai_client: openai.OpenAI, text: str) -> None:
+    logprobs = complete(openai_client, logprobs=3).choices[0].logprobs
+    assert len(logprobs.top_logprobs) == len(logprobs.tokens)
+    for token, logprob, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs):
+        assert len(top) >= 3
+        assert top[token] == max(top.values()) == logprob  # it is greedy
+    chunks = list(complete(openai_client, logprobs=3, stream=True))
+    streamed = [chunk.choices[0].logprobs.top_logprobs[0] for chunk in chunks]
+    assert streamed == logprobs.top_logprobs
+
+
+def test_openai_several_choices(openai_client: openai.OpenAI) -> None:
+    drawn = complete(openai_client, ["x", "y"], temperature=3, n=3, seed=1)
+    assert [choice.index for choice in drawn.choices] == list(range(6))
+    texts = [choice.text for choice in drawn.choices]
+    assert len(set(texts)) > 2
+    again = complete(openai_client, ["x", "y"], temperature=3, n=3, seed=1)
+    assert [choice.text for choice in again.choices] == texts
+    best = complete(openai_client, "x", temperature=3, n=1, best_of=3, seed=1)
+    assert best.choices[0].text in texts[:3]
+    assert best.usage.completion_tokens > len(best.choices[0].text.split())
+
+
+def test_openai_beams_as_an_extra_field(openai_client: openai.OpenAI, server: httpx.Client) -> None:
+    fields = {"temperature": None, "extra_body": {"num_beams": 3}}
+    beams = {"inputs": "x", "parameters": {"num_beams": 3, "num_return_sequences": 3}}
+    expected = server.post("/invocations", json=beams).json()["outputs"]
+    assert len(expected) == 3
+    completion = complete(openai_client, "x", n=3, **fields)
+    assert {choice.text for choice in completion.choices} == set(expected)
+
+
 def test_openai_stream(openai_client: openai.OpenAI, text: str) -> None:
     chunks = list(complete(openai_client, stream=True, stream_options={"include_usage": True}))
     *tokens, usage = chunks
@@ -145,6 +177,29 @@ def test_hugging_face_details(hugging_face: InferenceClient, text: str) -> None:
     assert "".join(token.text for token in details.tokens) == text
     assert [token.special for token in details.tokens[-2:]] == [False, True]
     assert all(token.logprob <= 0 for token in details.tokens)
+
+
+def test_hugging_face_best_of(hugging_face: InferenceClient) -> None:
+    def ask(**parameters: Any) -> Any:
+        return hugging_face.text_generation("x", best_of=3, temperature=3.0, seed=1, **parameters)
+
+    output = ask(details=True)
+    others = output.details.best_of_sequences
+    assert len(others) == 2
+    assert len({output.generated_text, *(other.generated_text for other in others)}) > 1
+    assert others[0].finish_reason in ("eos_token", "length")
+    assert "".join(token.text for token in others[0].tokens) == others[0].generated_text
+    assert ask() == output.generated_text
+
+
+def test_hugging_face_likeliest_tokens(hugging_face: InferenceClient) -> None:
+    details = hugging_face.text_generation(PROMPT, details=True, top_n_tokens=2).details
+    assert [len(tops) for tops in details.top_tokens] == [2] * details.generated_tokens
+    for token, (first, second) in zip(details.tokens, details.top_tokens):
+        assert first["id"] == token.id
+        assert first["logprob"] >= second["logprob"]
+    events = hugging_face.text_generation(PROMPT, details=True, top_n_tokens=2, stream=True)
+    assert [event.top_tokens for event in events] == details.top_tokens
 
 
 def test_hugging_face_stream(hugging_face: InferenceClient, text: str) -> None:

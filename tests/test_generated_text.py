@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from handler.errors import RequestError
 from handler.continuation import TopToken
+from handler.errors import RequestError
 from handler.generation import GenerationResult, TokenEvent
 from handler.schemas import SCHEMAS
 from handler.schemas.protocol import Deployment, ParsedRequest

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from handler.errors import RequestError, shown
 from handler.continuation import TopToken
+from handler.errors import RequestError, shown
 from handler.generation import GenerationResult, TokenEvent, checked_text
 from handler.parameter_checks import Refused, boolean, integer
 from handler.parameters import parse_parameters
@@ -47,6 +47,13 @@ _OFF: dict[str, tuple[Any, ...]] = {"echo": (False,), "suffix": ("",), "logit_bi
 _OTHERS = ("prompt", "n", "best_of", "logprobs", "stream_options", "model", "user")
 _FIELDS = (*_OTHERS, *_SAME, *_SAME_PENALTIES, *_OFF, *_OURS)
 
+# What errors of the layers below call ours.
+_THEIR_NAMES = {
+    "num_return_sequences": "n",
+    "max_new_tokens": "max_tokens",
+    "top_n_tokens": "logprobs",
+    "stop_sequences": "stop",
+}
 _ERROR_CODES = {424: "engine_failed", 503: "overloaded", 504: "timeout", 507: "out_of_memory"}
 
 Json = dict[str, Any]
@@ -115,8 +122,13 @@ class Completions:
         assert isinstance(request, CompletionRequest)
         return _CompletionEvents(request, tokenizer)
 
-    def error(self, error: RequestError) -> Json:
+    def worded(self, error: RequestError) -> RequestError:
         message = re.sub(r"^inputs\[", "prompt[", str(error))
+        message = re.sub(r"'(\w+)'", lambda m: f"'{_THEIR_NAMES.get(m[1], m[1])}'", message)
+        return RequestError(message, error.code)
+
+    def error(self, error: RequestError) -> Json:
+        message = str(self.worded(error))
         named = re.match(
             r"(?:the field|parameter|unknown field|unknown parameter) '(\w+)'", message
         )

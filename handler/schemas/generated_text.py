@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from handler.errors import RequestError
 from handler.continuation import TopToken
+from handler.errors import RequestError
 from handler.generation import GenerationRequest, GenerationResult, TokenEvent
 from handler.schemas.inputs import parse_inputs
 from handler.schemas.protocol import Deployment, ParsedRequest, StreamWriter
@@ -73,6 +73,9 @@ class _InputsSchema:
         if accepts(accept, EVENT_STREAM):
             return TgiEvents(request, tokenizer)
         return LmiLines(request, tokenizer)
+
+    def worded(self, error: RequestError) -> RequestError:
+        return error
 
     def error(self, error: RequestError) -> Json:
         return _lmi_error(error)

@@ -71,6 +71,10 @@ class Schema(Protocol):
         """
         ...
 
+    def worded(self, error: RequestError) -> RequestError:
+        """The error with the schema's own names for what it speaks of."""
+        ...
+
     def error(self, error: RequestError) -> dict[str, Any]:
         """The JSON value of an error."""
         ...

@@ -19,7 +19,7 @@ from handler.djl_input import accept_of, batched_bodies, body_of
 from handler.djl_output import to_async_output, to_async_outputs, to_batch_output, to_output
 from handler.engines import Model, load_model
 from handler.errors import LoadError, RequestError
-from handler.generation import GenerationResult, TokenEvent
+from handler.generation import GenerationRequest, GenerationResult, TokenEvent
 from handler.request_parsing import parse_body
 from handler.responses import Reply, StreamReply, error_reply, reply, stream_reply
 from handler.schemas import recognized, schema_before_reading
@@ -220,9 +220,11 @@ class Service:
                 "parameter 'stream' must be false where DJLServing batches requests; set "
                 "batch_size=1 in serving.properties to stream"
             )
+        (prompt,) = request.prompts
+        assert isinstance(prompt, GenerationRequest)  # what is scored has no 'stream'
         put = events.put
         on_event = partial(_log_and_put, put) if self.configuration.log_prompts else put
-        return [self.model.submit_stream(request.prompts[0], on_event)]
+        return [self.model.submit_stream(prompt, on_event)]
 
     def _deployment(self) -> Deployment:
         return Deployment(self.model.limits, self.configuration.prompt_template, self.model_name)

@@ -12,7 +12,7 @@ from typing import Any
 
 from handler.continuation import TopToken
 from handler.errors import RequestError
-from handler.generation import GenerationRequest, GenerationResult, TokenEvent
+from handler.generation import GenerationResult, TokenEvent
 from handler.schemas.inputs import parse_inputs
 from handler.schemas.protocol import Deployment, ParsedRequest, StreamWriter
 from handler.schemas.records import (
@@ -22,6 +22,7 @@ from handler.schemas.records import (
     check_finite,
     is_special,
     json_line,
+    lmi_error,
     server_sent_event,
     text_alone,
     token_texts,
@@ -54,13 +55,9 @@ def _common_details(result: GenerationResult) -> Json:
     }
 
 
-def _lmi_error(error: RequestError) -> Json:
-    return {"code": error.code, "error": str(error)}
-
-
 def _tgi_error(error: RequestError) -> Json:
     """Clients raise an exception of their own by ``error_type``."""
-    return {**_lmi_error(error), "error_type": _TGI_ERROR_TYPES.get(error.code, "generation")}
+    return {**lmi_error(error), "error_type": _TGI_ERROR_TYPES.get(error.code, "generation")}
 
 
 class _InputsSchema:
@@ -78,7 +75,7 @@ class _InputsSchema:
         return error
 
     def error(self, error: RequestError) -> Json:
-        return _lmi_error(error)
+        return lmi_error(error)
 
 
 class Outputs(_InputsSchema):
@@ -120,7 +117,7 @@ class _GeneratedText(_InputsSchema):
         self, request: ParsedRequest, results: Sequence[GenerationResult], tokenizer: Tokenizer
     ) -> Any:
         items = [
-            self._item(request, text, prompt, result, tokenizer)
+            self._item(request, text, prompt.parameters.seed, result, tokenizer)
             for text, prompt, result in zip(request.inputs, request.prompts, results)
         ]
         return items if request.is_list or self._always_a_list else items[0]
@@ -131,13 +128,13 @@ class _GeneratedText(_InputsSchema):
         self,
         request: ParsedRequest,
         text: str,
-        prompt: GenerationRequest,
+        seed: int | None,
         result: GenerationResult,
         tokenizer: Tokenizer,
     ) -> Json:
         item: Json = {"generated_text": _full_text(request, text, result)}
         if _wants_details(request) or result.alternatives:
-            details = self._details(text, prompt.parameters.seed, result, tokenizer)
+            details = self._details(text, seed, result, tokenizer)
             if result.alternatives:
                 details["best_of_sequences"] = [
                     {
@@ -244,7 +241,7 @@ class LmiLines:
         return json_line(record)
 
     def error(self, error: RequestError) -> bytes:
-        return json_line(_lmi_error(error))
+        return json_line(lmi_error(error))
 
 
 class TgiEvents:

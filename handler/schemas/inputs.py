@@ -14,12 +14,14 @@ from handler.schemas.protocol import Deployment, ParsedRequest
 
 # What the article's payloads carry beside these has no meaning here: batches form by themselves.
 _IGNORED = ("batch_size", "padding")
-_FIELDS = ("inputs", "parameters", "stream", "template", "variables", *_IGNORED)
+# Fields of requests that have a schema of their own; null asks for nothing.
+_OF_OTHERS = ("choices", "targets")
+FIELDS = ("inputs", "parameters", "stream", "template", "variables", *_IGNORED)
 
 
 def parse_inputs(body: Mapping[str, Any], deployment: Deployment) -> ParsedRequest:
     """Raises RequestError: what was wrong, the value seen, what is allowed."""
-    check_fields(body, _FIELDS)
+    check_fields({k: v for k, v in body.items() if k not in _OF_OTHERS or v is not None}, FIELDS)
     inputs = body.get("inputs")
     return request_of(
         inputs=_texts(inputs),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from handler.errors import RequestError
-from handler.generation import GenerationRequest, GenerationResult, TokenEvent
+from handler.generation import GenerationRequest, GenerationResult, ScoreRequest, TokenEvent
 from handler.parameters import GenerationParameters, ParameterLimits
 from handler.tokenizer import Tokenizer
 
@@ -31,7 +31,7 @@ class ParsedRequest:
     inputs: tuple[str, ...]
     is_list: bool
     parameters: GenerationParameters
-    prompts: tuple[GenerationRequest, ...]
+    prompts: tuple[GenerationRequest | ScoreRequest, ...]
 
 
 class StreamWriter(Protocol):

@@ -36,6 +36,10 @@ def server_sent_event(value: Any) -> bytes:
     return f"data: {to_json(value).translate(_LINE_ENDS)}\n\n".encode()
 
 
+def lmi_error(error: RequestError) -> dict[str, Any]:
+    return {"code": error.code, "error": str(error)}
+
+
 def check_finite(told: GenerationResult | TokenEvent) -> None:
     """Raises RequestError for log-probabilities that JSON has no word for."""
     log_probs = told.log_probs if isinstance(told, GenerationResult) else (told.log_prob,)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from handler.continuation import Continuation, TopToken
 from handler.errors import RequestError, shown
+from handler.guided import Guide
 from handler.parameters import GenerationParameters
 
 if TYPE_CHECKING:
@@ -116,7 +117,8 @@ class Generation:
     """One request on its way through an engine: its prompt, its texts so far, its future.
 
     The engine's thread alone calls ``append``, ``finish`` and ``started``; anyone may cancel
-    ``future``. forced: tokens that are to be scored, in place of a choice.
+    ``future``. forced: tokens that are to be scored, in place of a choice; guide: the form that its
+    texts must have.
     """
 
     def __init__(
@@ -128,12 +130,14 @@ class Generation:
         truncated: bool = False,
         forced: Sequence[int] = (),
         encoding: SharedEncoding | None = None,
+        guide: Guide | None = None,
         on_event: Callable[[TokenEvent], None] | None = None,
     ) -> None:
         self.parameters = request.parameters
         self.prompt_ids = list(prompt_ids)
         self.forced = forced
         self.encoding = encoding
+        self.guide = guide
         self.input_cached = False
         self.future: Future[GenerationResult] = Future()
         self.continuation = Continuation(

@@ -20,6 +20,7 @@ from handler.generation import (
     TokenEvent,
     checked_text,
 )
+from handler.guided import Guides
 from handler.parameters import (
     MAX_SEED,
     GenerationParameters,
@@ -51,6 +52,7 @@ class Model:
         self.tokenizer = runner.tokenizer
         self.limits = ParameterLimits(max_input_tokens, max_output_tokens, runner.max_rows)
         self._runner = runner
+        self._guides = Guides(runner.tokenizer)
 
     @property
     def waiting(self) -> int:
@@ -177,6 +179,7 @@ class Model:
                 truncated=len(kept) < len(ids),
                 forced=forced,
                 encoding=encoding,
+                guide=self._guides.of(one.parameters),
                 on_event=on_event,
             )
             for one, forced in wanted

@@ -21,6 +21,8 @@ from handler.parameter_checks import (
     integer,
     number,
     sequences,
+    text,
+    texts,
     truncate,
 )
 
@@ -192,6 +194,23 @@ class GenerationParameters:
         allowed="a string, strings, or FasterTransformer's [token ids, end offsets]",
         example=["foo"],
         aliases=("bad_words",),
+    )
+    regex: str | None = _parameter(
+        None,
+        text,
+        "The whole text matches this regular expression (Rust's syntax, without look-around and "
+        "back references).",
+        allowed="a regular expression that describes up to 256 characters, or repeats with * and +",
+        example="[0-9]{4}-[0-9]{2}",
+        aliases=("guided_regex",),
+    )
+    choices: tuple[str, ...] = _parameter(
+        (),
+        texts,
+        "The text is one of these. To score given answers instead, send choices beside inputs.",
+        allowed="a list of up to 256 different strings",
+        example=["yes", "no"],
+        aliases=("guided_choice",),
     )
     details: bool = _parameter(
         False,
@@ -376,6 +395,8 @@ def _check_together(p: GenerationParameters) -> None:
             f"({p.num_beams}) unless the request samples without beams, got "
             f"{p.num_return_sequences}"
         )
+    if p.regex is not None and p.choices:
+        raise RequestError("parameters 'regex' and 'choices' are both there; send one of them")
     for name in ("num_beams", "num_return_sequences"):
         value = getattr(p, name)
         if p.stream and value > 1:

@@ -17,7 +17,7 @@ from handler.engines.hf_weights import (
     refuse_what_transformers_passed_over,
 )
 from handler.errors import LoadError
-from handler.tokenizer import Detokenizer, Tokenizer, load_tokenizer
+from handler.tokenizer import Tokenizer, TokenizerBase, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ _KEPT_OF_GENERATION_CONFIG = """
 _LONGEST_REASON = 300
 
 
-class TransformersTokenizer:
+class TransformersTokenizer(TokenizerBase):
     """A tokenizer that only transformers can read (Marian, M2M100, ...). See Tokenizer."""
 
     def __init__(self, folder: Path, trust_remote_code: bool) -> None:
@@ -63,9 +63,6 @@ class TransformersTokenizer:
 
     def token(self, token_id: int) -> str:
         return str(self._library.convert_ids_to_tokens(token_id))
-
-    def detokenizer(self) -> Detokenizer:
-        return Detokenizer(self)
 
 
 def refuse_unsupported(c: Configuration) -> None:

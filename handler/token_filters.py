@@ -121,14 +121,11 @@ def draw_among_all(logits: Floats, top_k: Places, values: Doubles, numbers: Doub
         scores = logits[row]
         scores[scores < np.partition(scores, size - top_k[row])[size - top_k[row]]] = -np.inf
     weights = np.exp(logits)
-    sums = _block_sums(weights)
-    for row in np.flatnonzero(_on(top_p) | _on(typical_p)):
-        if _on(top_p[row]):
-            _keep_likeliest(weights[row], logits[row], sums[row].sum(), top_p[row])
-        if _on(typical_p[row]):
-            _keep_typical(weights[row : row + 1], logits[row : row + 1], typical_p[row])
-        sums[row] = _block_sums(weights[row : row + 1])
-    block, numbers = _pick(sums, numbers)
+    for row in np.flatnonzero(_on(top_p)):
+        _keep_likeliest(weights[row], logits[row], top_p[row])
+    for row in np.flatnonzero(_on(typical_p)):
+        _keep_typical(weights[row : row + 1], logits[row : row + 1], typical_p[row])
+    block, numbers = _pick(_block_sums(weights), numbers)
     places = block[:, None] * _BLOCK + np.arange(_BLOCK)
     inside = np.where(
         places < size, np.take_along_axis(weights, np.minimum(places, size - 1), -1), 0.0
@@ -169,8 +166,9 @@ def _block_sums(weights: Floats) -> Doubles:
     return doubles
 
 
-def _keep_likeliest(weights: Floats, scores: Floats, total: float, share: float) -> None:
+def _keep_likeliest(weights: Floats, scores: Floats, share: float) -> None:
     """top_p of one row, in place: of equal scores the last ones stay."""
+    total = float(weights.sum())
     # all that are no larger than this hold, together, no more than what is cut off
     least = np.float32((1.0 - share) * total / len(weights) * 0.999)
     candidates = np.flatnonzero(weights > least)
@@ -185,7 +183,7 @@ def _keep_likeliest(weights: Floats, scores: Floats, total: float, share: float)
 def _keep_typical(weights: Floats, scores: Floats, share: float) -> None:
     """typical_p of one row, [1, vocabulary], in place: equals of the last one stay."""
     keys = _untypical(weights, scores, _whole_sums)
-    border, _ = _border(keys[0], weights[0], share * float(weights.sum(dtype=np.float64)))
+    border, _ = _border(keys[0], weights[0], share * float(weights.sum()))
     weights *= keys <= border
 
 

@@ -146,10 +146,10 @@ def _generate(
     choosing: Times,
 ) -> None:
     """One generation; each step is followed by one set of parameters, another one each time."""
-    random = np.random.default_rng(run)
+    random, tokenizer = np.random.default_rng(run), engine.tokenizer
     words = random.integers(FIRST_WORD, TOKENS, (batch, a.tokens_in - 1))
     for row, prompt in enumerate(words.tolist()):
-        *_, handles = engine.encode([[*prompt, engine.tokenizer.eos_token_id]])
+        *_, handles = engine.encode([[*prompt, tokenizer.eos_token_id]])
         assert handles is not None
         engine.attach(handles[0], row)
     states = {name: _rows(name, batch, random) for name in SETS}
@@ -158,10 +158,10 @@ def _generate(
         start = time.perf_counter()
         logits = engine.decode(batch, tokens, np.full(batch, step))[:, 0]
         decoding.append(time.perf_counter() - start)
-        tokens = logits.argmax(-1)[:, None]
+        tokens = logits[:, : tokenizer.size].argmax(-1)[:, None]
         name = list(SETS)[(step + run) % len(SETS)]
         start, cpu = time.perf_counter(), time.thread_time()
-        choose_tokens(logits, states[name], [step] * batch, engine.tokenizer.eos_token_id)
+        choose_tokens(logits, states[name], [step] * batch, tokenizer.eos_token_id, tokenizer.size)
         choosing[name].append((time.perf_counter() - start, time.thread_time() - cpu))
         for other, rows in states.items():  # all have a history as long as the text
             if other != name:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from handler.bad_words import bad_word_ids
 from handler.continuation import Continuation, TopToken
 from handler.errors import RequestError, shown
 from handler.guided import Guide
@@ -134,6 +135,7 @@ class Generation:
         on_event: Callable[[TokenEvent], None] | None = None,
     ) -> None:
         self.parameters = request.parameters
+        self.bad_words = bad_word_ids(self.parameters.bad_words_list, tokenizer)
         self.prompt_ids = list(prompt_ids)
         self.forced = forced
         self.encoding = encoding
@@ -170,10 +172,13 @@ class Generation:
     def append(self, token_id: int, log_prob: float, top_tokens: tuple[TopToken, ...] = ()) -> bool:
         """Take the next token of its one text; True when it was the last one.
 
-        A log-probability of NaN fails the generation.
+        A log-probability of NaN or -inf fails the generation: there was no token to choose.
         """
         if math.isnan(log_prob):
             self.fail(not_a_number())
+            return True
+        if log_prob == -math.inf:
+            self.fail(_nothing_left(len(self.token_ids)))
             return True
         continuation = self.continuation
         if continuation.append(token_id, log_prob, top_tokens) is None:
@@ -227,4 +232,11 @@ def not_a_number() -> RequestError:
         "the model computed numbers that are none for this input; set option.dtype to bf16 or "
         "fp32, or check its weights",
         424,
+    )
+
+
+def _nothing_left(count: int) -> RequestError:
+    return RequestError(
+        f"the parameters forbid every token after {count}: relax bad_words_list or "
+        "no_repeat_ngram_size, or ask for fewer max_new_tokens"
     )

@@ -20,6 +20,7 @@ from random_checkpoints import VARIANTS, write_checkpoint
 from safetensors.numpy import load_file, save_file
 from tasks import held_out_examples
 
+from handler.bad_words import bad_word_ids
 from handler.engines import Model, init_inference
 from handler.errors import LoadError, RequestError
 from handler.generation import GenerationRequest, GenerationResult
@@ -143,9 +144,9 @@ def test_bad_words(flan: Case, num_beams: int, written_as: str) -> None:
         for word in (tokenizer.decode([i]) for i in sorted(said) if tokenizer.token(i)[0] == "▁")
         if word
     ][:8]
-    ids = [tokenizer.encode_plain(word) for word in words]
     assert len(words) == 8
     sent: Any = words
+    ids = [list(sequence) for sequence in bad_word_ids(words, tokenizer)]
     if written_as == "ids":
         joined = list(itertools.chain(*ids))
         ends = np.cumsum([len(word) for word in ids]).tolist()

@@ -21,7 +21,7 @@ from handler.engines.hf_loading import (
     token_rules,
 )
 from handler.engines.protocol import BatchEngine
-from handler.errors import LoadError, RequestError, shown
+from handler.errors import LoadError
 from handler.generation import Generation
 from handler.machine import usable_cpus
 from handler.parameters import GenerationParameters, random_seed
@@ -90,7 +90,7 @@ class HfGenerateEngine:
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "use_cache": self._use_cache,
-            **self._generate_arguments(parameters),
+            **self._generate_arguments(parameters, batch[0].bad_words),
         }
         with torch.inference_mode():
             if parameters.num_beams == 1:
@@ -172,7 +172,9 @@ class HfGenerateEngine:
         device = self._model.device
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
-    def _generate_arguments(self, p: GenerationParameters) -> dict[str, Any]:
+    def _generate_arguments(
+        self, p: GenerationParameters, bad_words: Sequence[Sequence[int]]
+    ) -> dict[str, Any]:
         """Our parameters as ``generate`` names them."""
         arguments: dict[str, Any] = {
             "max_new_tokens": p.max_new_tokens,
@@ -182,9 +184,9 @@ class HfGenerateEngine:
             "repetition_penalty": p.repetition_penalty,
             "no_repeat_ngram_size": p.no_repeat_ngram_size,
         }
-        if p.bad_words_list:
+        if bad_words:
             of_the_model = self._model.generation_config.bad_words_ids or []
-            arguments["bad_words_ids"] = [*of_the_model, *self._bad_words(p)]
+            arguments["bad_words_ids"] = [*of_the_model, *map(list, bad_words)]
         if p.samples:
             arguments["temperature"] = p.temperature
             arguments["top_k"] = p.top_k
@@ -194,19 +196,6 @@ class HfGenerateEngine:
             arguments["length_penalty"] = p.length_penalty
             arguments["early_stopping"] = p.early_stopping
         return arguments
-
-    def _bad_words(self, p: GenerationParameters) -> list[list[int]]:
-        """Raises RequestError for a word that the vocabulary cannot write."""
-        words = []
-        for word in p.bad_words_list:
-            ids = self.tokenizer.encode_plain(word) if isinstance(word, str) else list(word)
-            if not ids or max(ids) >= self.tokenizer.size:
-                raise RequestError(
-                    f"parameter 'bad_words_list' must hold words of this model's "
-                    f"{self.tokenizer.size} tokens, got {shown(word)}"
-                )
-            words.append(ids)
-        return words
 
 
 class _HandOver:

@@ -178,7 +178,7 @@ class Generation:
             self.fail(not_a_number())
             return True
         if log_prob == -math.inf:
-            self.fail(_nothing_left(len(self.token_ids)))
+            self.fail(nothing_left(len(self.token_ids)))
             return True
         continuation = self.continuation
         if continuation.append(token_id, log_prob, top_tokens) is None:
@@ -235,8 +235,8 @@ def not_a_number() -> RequestError:
     )
 
 
-def _nothing_left(count: int) -> RequestError:
+def nothing_left(count: int) -> RequestError:
     return RequestError(
-        f"the parameters forbid every token after {count}: relax bad_words_list or "
-        "no_repeat_ngram_size, or ask for fewer max_new_tokens"
+        f"the parameters forbid every token after {count}: relax bad_words_list, "
+        "no_repeat_ngram_size, min_new_tokens or the text's form, or ask for fewer max_new_tokens"
     )

@@ -200,7 +200,7 @@ class GenerationParameters:
         text,
         "The whole text matches this regular expression (Rust's syntax, without look-around and "
         "back references).",
-        allowed="a regular expression that describes up to 256 characters, or repeats with * and +",
+        allowed="a regular expression of up to 2000 characters",
         example="[0-9]{4}-[0-9]{2}",
         aliases=("guided_regex",),
     )

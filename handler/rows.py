@@ -9,7 +9,7 @@ import numpy as np
 
 from handler.beams import BeamSearch, largest
 from handler.continuation import TopToken
-from handler.generation import Generation, not_a_number
+from handler.generation import Generation, not_a_number, nothing_left
 from handler.sampling import (
     Floats,
     RowSampling,
@@ -37,7 +37,8 @@ class Row:
         self.token = token
         self.search = search
         self.beam = beam
-        self.sampling = RowSampling(generation.parameters, token, generation.bad_words)
+        guide = generation.guide and generation.guide.fork()
+        self.sampling = RowSampling(generation.parameters, token, generation.bad_words, guide)
 
     @property
     def position(self) -> int:
@@ -130,6 +131,8 @@ def _advance(
         noise = gumbel(samplings[0], step, scores.shape)
     chosen = search.advance(log_probs, scores, noise)
     if chosen is None:
+        if not search.best:
+            raise nothing_left(step)
         generation.finish(search.best)
         return
     engine.reorder(places, [places[parent] for parent in chosen.parents])

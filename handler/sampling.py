@@ -15,6 +15,7 @@ from copy import copy
 import numpy as np
 import numpy.typing as npt
 
+from handler.guided import Guide
 from handler.history import History
 from handler.parameters import GenerationParameters, random_seed
 from handler.token_filters import best_tokens, draw_among_all, draw_among_few, keep
@@ -30,7 +31,7 @@ class RowSampling:
     """How one row's tokens are chosen: its parameters, its seed, and its tokens so far.
 
     start_token: what the decoder reads first, which transformers' penalties count as generated.
-    bad_words: sequences of ids that are never completed.
+    bad_words: sequences of ids that are never completed. guide: the form that the text must have.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class RowSampling:
         parameters: GenerationParameters,
         start_token: int = 0,
         bad_words: Sequence[Sequence[int]] = (),
+        guide: Guide | None = None,
     ) -> None:
         p = self.parameters = parameters
         self.seed = random_seed() if p.seed is None else p.seed
@@ -49,17 +51,21 @@ class RowSampling:
             if self.penalizes or p.no_repeat_ngram_size or bad_words
             else None
         )
+        self.guide = guide
         self._numbers: tuple[int, list[float]] = (-1, [])
 
     def append(self, token: int) -> None:
         """The row's next token is this one."""
         if self.history is not None:
             self.history.append(token)
+        if self.guide is not None:
+            self.guide.append(token)
 
     def fork(self) -> RowSampling:
         """A copy that goes on by itself."""
         other = copy(self)
         other.history = self.history and self.history.fork()
+        other.guide = self.guide and self.guide.fork()
         return other
 
     def ends_not_yet(self, step: int) -> bool:
@@ -137,14 +143,16 @@ class Changes:
 def process(
     scores: Floats, rows: Sequence[RowSampling], steps: Sequence[int], eos_token_id: int
 ) -> Changes:
-    """Penalties, n-grams, bad words and the least length, in place, in transformers' order.
+    """Penalties, n-grams, bad words, the least length and the text's form, in place, in
+    transformers' order.
 
     scores: contiguous [rows, vocabulary], logits or, for beams, log-probabilities.
     """
     size = scores.shape[-1]
     ending = [row for row, step in enumerate(steps) if rows[row].ends_not_yet(step)]
     remembering = [row for row, sampling in enumerate(rows) if sampling.history is not None]
-    if not ending and not remembering:
+    guided = [row for row, sampling in enumerate(rows) if sampling.guide is not None]
+    if not ending and not remembering and not guided:
         return Changes([], np.zeros(0, np.int64), np.zeros(0, np.float32))
     forbidden = [row * size + eos_token_id for row in ending]
     parts = []
@@ -154,6 +162,12 @@ def process(
         forbidden += [row * size + token for token in history.forbidden()]
         if len(history.always_forbidden):
             parts.append(history.always_forbidden + row * size)
+    for row in guided:
+        guide = rows[row].guide
+        assert guide is not None
+        other = np.ones(size, np.bool_)
+        other[guide.allowed()] = False
+        parts.append(np.flatnonzero(other) + row * size)
     banned = np.concatenate([np.array(forbidden, np.int64), *parts])
     penalized, counts, penalties = _penalties(rows, remembering, size)
     places = np.concatenate([penalized, banned])
@@ -162,7 +176,7 @@ def process(
     if len(penalized):
         flat[penalized] = _penalized(before[: len(penalized)], counts, penalties)
     flat[banned] = -np.inf
-    return Changes(sorted({*ending, *remembering}), places, before)
+    return Changes(sorted({*ending, *remembering, *guided}), places, before)
 
 
 def warp(scores: Floats, rows: Sequence[RowSampling]) -> Floats:

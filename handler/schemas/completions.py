@@ -168,7 +168,7 @@ def _raw_parameters(body: Mapping[str, Any], deployment: Deployment) -> Json:
     named = (*_SAME, *_SAME_PENALTIES, *_OURS)
     raw: Json = {name: body[name] for name in named if body.get(name) is not None}
     raw.setdefault("max_tokens", min(_MAX_TOKENS, deployment.limits.max_output_tokens))
-    raw.setdefault("do_sample", raw.get("num_beams", 1) == 1)
+    raw["do_sample"] = "temperature" in raw or raw.get("num_beams", 1) == 1
     if raw.get("top_p") == 0 and type(raw["top_p"]) is not bool:
         raw.update(top_p=1.0, temperature=0)  # its best token only; our 0 is off
     seed = raw.get("seed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -104,6 +105,11 @@ def test_openai_beams_as_an_extra_field(openai_client: openai.OpenAI, server: ht
     assert len(expected) == 3
     completion = complete(openai_client, "x", n=3, **fields)
     assert {choice.text for choice in completion.choices} == set(expected)
+
+
+def test_openai_guided_choice_as_an_extra_field(openai_client: openai.OpenAI) -> None:
+    fields = {"extra_body": {"guided_choice": ["one", "two hundred"]}}
+    assert complete(openai_client, **fields).choices[0].text in ("one", "two hundred")
 
 
 def test_openai_stream(openai_client: openai.OpenAI, text: str) -> None:
@@ -213,6 +219,12 @@ def test_hugging_face_stream(hugging_face: InferenceClient, text: str) -> None:
     assert events[0].details is None
 
 
+def test_hugging_face_grammar(hugging_face: InferenceClient) -> None:
+    grammar = {"type": "regex", "value": "[0-9]{3}"}
+    text = hugging_face.text_generation(PROMPT, grammar=grammar)  # type: ignore[arg-type]
+    assert re.fullmatch("[0-9]{3}", text)
+
+
 def test_hugging_face_async_stream(server: httpx.Client, text: str) -> None:
     async def read() -> str:
         async with AsyncInferenceClient(str(server.base_url)) as client:
@@ -226,7 +238,7 @@ def test_hugging_face_errors(hugging_face: InferenceClient) -> None:
     for arguments, words in (
         ({"max_new_tokens": 0}, "an integer from 1"),
         ({"watermark": True}, "'watermark' is not supported"),
-        ({"grammar": {"type": "regex", "value": "a"}}, "'grammar' is not supported"),
+        ({"grammar": {"type": "json", "value": {}}}, "'grammar' must be"),
     ):
         for stream in (False, True):
             with pytest.raises(huggingface_hub.errors.ValidationError, match=words):

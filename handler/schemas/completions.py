@@ -40,7 +40,7 @@ _SAME_PENALTIES = ("presence_penalty", "frequency_penalty")
 _OURS = (
     *("min_new_tokens", "top_k", "typical_p", "num_beams", "length_penalty", "early_stopping"),
     *("repetition_penalty", "no_repeat_ngram_size", "bad_words_list", "truncate"),
-    "ignore_eos_token",
+    *("ignore_eos_token", "regex", "guided_regex", "guided_choice"),
 )
 # Not supported, so they must ask for nothing.
 _OFF: dict[str, tuple[Any, ...]] = {"echo": (False,), "suffix": ("",), "logit_bias": ({},)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -105,11 +104,6 @@ def test_openai_beams_as_an_extra_field(openai_client: openai.OpenAI, server: ht
     assert len(expected) == 3
     completion = complete(openai_client, "x", n=3, **fields)
     assert {choice.text for choice in completion.choices} == set(expected)
-
-
-def test_openai_guided_choice_as_an_extra_field(openai_client: openai.OpenAI) -> None:
-    fields = {"extra_body": {"guided_choice": ["one", "two hundred"]}}
-    assert complete(openai_client, **fields).choices[0].text in ("one", "two hundred")
 
 
 def test_openai_stream(openai_client: openai.OpenAI, text: str) -> None:
@@ -217,12 +211,6 @@ def test_hugging_face_stream(hugging_face: InferenceClient, text: str) -> None:
     assert events[-1].details.finish_reason == "eos_token"
     assert events[-1].details.input_length > 1
     assert events[0].details is None
-
-
-def test_hugging_face_grammar(hugging_face: InferenceClient) -> None:
-    grammar = {"type": "regex", "value": "[0-9]{3}"}
-    text = hugging_face.text_generation(PROMPT, grammar=grammar)  # type: ignore[arg-type]
-    assert re.fullmatch("[0-9]{3}", text)
 
 
 def test_hugging_face_async_stream(server: httpx.Client, text: str) -> None:

@@ -169,7 +169,7 @@ class Service:
         deadline = Deadline(self.configuration.request_timeout)
         events = AsyncEvents()
         if len(body) > _LONG_BODY:
-            submitted = await asyncio.to_thread(self._try_submit, body, wanted, events)
+            submitted = await self._submit_off_the_loop(body, wanted, events)
         else:
             submitted = self._try_submit(body, wanted, events)
         if isinstance(submitted, Reply):
@@ -188,6 +188,17 @@ class Service:
             stream.close()
             raise
         return stream_reply(stream)
+
+    async def _submit_off_the_loop(
+        self, body: bytes, wanted: Wanted, events: AsyncEvents
+    ) -> _Submitted | Reply:
+        """In a thread, which a cancelled call cannot stop: what it submits then is cancelled."""
+        work = asyncio.ensure_future(asyncio.to_thread(self._try_submit, body, wanted, events))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            work.add_done_callback(lambda done: _cancel(done.result()))
+            raise
 
     def _try_submit(
         self, body: bytes, wanted: Wanted, events: AsyncEvents | BlockingEvents | None
@@ -261,6 +272,12 @@ class Service:
         finally:
             for future in submitted.futures:
                 future.cancel()
+
+
+def _cancel(submitted: _Submitted | Reply) -> None:
+    if isinstance(submitted, _Submitted):
+        for future in submitted.futures:
+            future.cancel()
 
 
 def _log_and_put(put: Callable[[TokenEvent | None], None], event: TokenEvent | None) -> None:

@@ -184,7 +184,18 @@ WRONG_PARAMETERS = [
     ("a stream of a list", _body(inputs=["a", "b"], stream=True), "a list cannot be streamed, got"),
     ("a stream of a list of one", _body(inputs=["a"], stream=True), "a list cannot be streamed"),
     ("watermark", _parameters({"watermark": True}), "parameter 'watermark' is not supported"),
-    ("grammar", _parameters({"grammar": {"type": "regex", "value": "a"}}), "'grammar' is not"),
+    (
+        "a grammar of JSON",
+        _parameters({"grammar": {"type": "json", "value": {}}}),
+        "'grammar' must",
+    ),
+    ("a grammar of no value", _parameters({"grammar": {"type": "regex"}}), "'grammar' must be"),
+    ("a grammar that is none", _parameters({"grammar": {"type": "regex", "value": 5}}), "a string"),
+    (
+        "grammar and regex",
+        _parameters({"grammar": {"type": "regex", "value": "a"}, "regex": "a"}),
+        "'grammar' and 'regex' mean the same",
+    ),
     ("adapter_id", _parameters({"adapter_id": "x"}), "parameter 'adapter_id' is not supported"),
     ("prefill", _parameters({"decoder_input_details": True}), "'decoder_input_details' is not"),
 ]

@@ -226,7 +226,7 @@ def test_hugging_face_errors(hugging_face: InferenceClient) -> None:
     for arguments, words in (
         ({"max_new_tokens": 0}, "an integer from 1"),
         ({"watermark": True}, "'watermark' is not supported"),
-        ({"grammar": {"type": "regex", "value": "a"}}, "'grammar' is not supported"),
+        ({"grammar": {"type": "json", "value": {}}}, "'grammar' must be"),
     ):
         for stream in (False, True):
             with pytest.raises(huggingface_hub.errors.ValidationError, match=words):

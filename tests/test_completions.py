@@ -67,6 +67,7 @@ def test_defaults_are_openais() -> None:
         ({"stream": True}, {"stream": True}),
         ({"top_k": 5, "repetition_penalty": 1.5}, {"top_k": 5, "repetition_penalty": 1.5}),
         ({"num_beams": 4}, {"samples": False, "num_beams": 4}),
+        ({"num_beams": 4, "temperature": 2}, {"samples": True, "temperature": 2.0}),
         ({"echo": False, "suffix": "", "logit_bias": {}, "user": "me"}, {"samples": True}),
         (
             dict.fromkeys(["echo", "suffix", "logit_bias", "n", "stop", "logprobs"]),

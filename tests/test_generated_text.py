@@ -129,6 +129,12 @@ def test_the_full_text_begins_with_the_input_as_it_was_sent() -> None:
     assert body == {"generated_text": "a7"}
 
 
+def test_tgis_grammar_of_type_regex_is_the_parameter_regex() -> None:
+    request = parsed("generate", "a", grammar={"type": "regex", "value": "[0-9]+"})
+    assert request.parameters.regex == "[0-9]+"
+    assert parsed("generate", "a", grammar=None).parameters.regex is None
+
+
 def test_a_drawn_seed_is_told() -> None:
     request = parsed("generate", "a", temperature=1.0, details=True)
     body = SCHEMAS["generate"].answer(request, [RESULT], TOKENIZER)

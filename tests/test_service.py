@@ -140,6 +140,24 @@ def test_a_cancelled_call_frees_its_rows(service: Service) -> None:
     assert service.model.waiting == 0
 
 
+def test_a_call_cancelled_while_its_long_body_is_read_runs_nothing(service: Service) -> None:
+    inputs = ["x" * 40_000, *["x"] * 99]
+    parameters = {"truncate": True, "ignore_eos_token": True}
+
+    async def leave() -> None:
+        body = json.dumps({"inputs": inputs, "parameters": parameters}).encode()
+        call = asyncio.create_task(service.answer_async(body))
+        await asyncio.sleep(0)  # the thread has it
+        call.cancel()
+        await asyncio.wait([call])
+        assert call.cancelled()
+        await asyncio.get_running_loop().shutdown_default_executor()
+
+    asyncio.run(leave())
+    assert service.answer(GOOD).status == 200
+    assert service.model.waiting == 0
+
+
 # Streams
 
 

@@ -40,7 +40,7 @@ _SAME_PENALTIES = ("presence_penalty", "frequency_penalty")
 _OURS = (
     *("min_new_tokens", "top_k", "typical_p", "num_beams", "length_penalty", "early_stopping"),
     *("repetition_penalty", "no_repeat_ngram_size", "bad_words_list", "truncate"),
-    "ignore_eos_token",
+    *("ignore_eos_token", "regex", "guided_regex", "guided_choice"),
 )
 # Not supported, so they must ask for nothing.
 _OFF: dict[str, tuple[Any, ...]] = {"echo": (False,), "suffix": ("",), "logit_bias": ({},)}
@@ -168,7 +168,7 @@ def _raw_parameters(body: Mapping[str, Any], deployment: Deployment) -> Json:
     named = (*_SAME, *_SAME_PENALTIES, *_OURS)
     raw: Json = {name: body[name] for name in named if body.get(name) is not None}
     raw.setdefault("max_tokens", min(_MAX_TOKENS, deployment.limits.max_output_tokens))
-    raw.setdefault("do_sample", raw.get("num_beams", 1) == 1)
+    raw["do_sample"] = "temperature" in raw or raw.get("num_beams", 1) == 1
     if raw.get("top_p") == 0 and type(raw["top_p"]) is not bool:
         raw.update(top_p=1.0, temperature=0)  # its best token only; our 0 is off
     seed = raw.get("seed")

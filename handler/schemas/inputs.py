@@ -26,7 +26,7 @@ def parse_inputs(body: Mapping[str, Any], deployment: Deployment) -> ParsedReque
     return request_of(
         inputs=_texts(inputs),
         is_list=isinstance(inputs, list),
-        parameters=parse_parameters(_raw_parameters(body), deployment.limits),
+        parameters=parse_parameters(_with_regex(_raw_parameters(body)), deployment.limits),
         template=_template(body.get("template"), deployment.prompt_template),
         variables=_variables(body.get("variables")),
     )
@@ -98,6 +98,21 @@ def _raw_parameters(body: Mapping[str, Any]) -> dict[str, Any]:
             f"{shown(parameters['stream'])}; send one of them"
         )
     return {**parameters, "stream": beside}
+
+
+def _with_regex(parameters: dict[str, Any]) -> dict[str, Any]:
+    """TGI's ``grammar`` of type regex as our parameter; of another type it is refused."""
+    grammar = parameters.get("grammar")
+    if grammar is None or grammar is False:
+        return parameters
+    if not isinstance(grammar, dict) or grammar.get("type") != "regex" or "value" not in grammar:
+        raise RequestError(
+            'parameter \'grammar\' must be {"type": "regex", "value": "..."}, got '
+            f"{shown(grammar)}"
+        )
+    if parameters.get("regex") is not None:
+        raise RequestError("parameters 'grammar' and 'regex' mean the same; send one of them")
+    return {**parameters, "grammar": None, "regex": grammar["value"]}
 
 
 def _template(template: Any, configured: str) -> str:

@@ -273,6 +273,19 @@ class Configuration:
     log_prompts: bool = _property(
         False, _boolean, "Write prompts and answers to the log.", example="true"
     )
+    save_mp_checkpoint_path: str | None = _property(
+        None,
+        _text,
+        "The folder that DJLServing's partition command writes.",
+        example="/opt/ml/model-partitioned",
+    )
+    model_path_on_host: str = _property(
+        "/opt/ml/model",
+        _text,
+        "Partitioning for FasterTransformer: the folder from which the result will be served. "
+        "Loaded from another one, it would be converted again.",
+        example="/models/flan-t5-xxl",
+    )
     # Set by DJLServing itself, not by people.
     model_dir: str | None = _property(None, _text, "The unpacked model folder.", example="/opt/m")
     device_id: int | None = _property(
@@ -297,9 +310,9 @@ DJL_OWNED = frozenset(
     load_on_devices log_request_metric low_cpu_mem_usage max_batch_delay max_idle_time max_input_len
     max_lora_rank max_loras max_num_tokens max_rolling_batch_prefill_tokens max_tokens maxworkers
     metric_dimension minworkers model_id_or_path model_loading_timeout model_name model_url
-    model_version modelname mpi_mode output_formatter parallel_loading predict_timeout
-    pythonexecutable request_tracking_id requestid retry_threshold rolling_batch
-    save_mp_checkpoint_path speculative_draft_model task tgi_compat tokenizer tokenizer_revision
+    model_version modelname mpi_mode output_formatter parallel_loading partition_handler
+    predict_timeout pythonexecutable request_tracking_id requestid retry_threshold rolling_batch
+    speculative_draft_model task tgi_compat tokenizer tokenizer_revision
     use_passive_workers waiting_steps
     """.split()
 )

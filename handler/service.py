@@ -12,8 +12,9 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
+from handler.checkpoints.partition import partition_as_told
 from handler.config import Configuration, read_configuration, without_djls_own
 from handler.djl_input import accept_of, batched_bodies, body_of
 from handler.djl_output import to_async_output, to_async_outputs, to_batch_output, to_output
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 # Reading and tokenizing a longer body takes long enough to hold up an event loop.
 _LONG_BODY = 32_768
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -112,13 +115,30 @@ class Service:
         in_async_mode = _event_loop_runs()
         if inputs.is_empty() and not self._first_call_came:
             self._load_as_told(inputs.get_properties())
-            return _nothing() if in_async_mode else None
+            return _immediately(None) if in_async_mode else None
         if in_async_mode:
             return self._handle_async(inputs)
         bodies = batched_bodies(inputs)
         if bodies is not None:
             return to_batch_output(self.answer_batch(bodies))
         return to_output(self.answer(body_of(inputs), Wanted(accept_of(inputs))))
+
+    def partition(self, inputs: Input) -> Output | Awaitable[Output] | None:
+        """What DJL's partition command calls, in a process of its own, with all properties.
+
+        In a worker DJL lets a client name the function that its request is for. Such a call has
+        come through the worker's socket, which gives it that name, and not as the first one.
+        """
+        if inputs.get_function_name() is None and not self._first_call_came and inputs.is_empty():
+            self._first_call_came = True
+            properties = without_djls_own(inputs.get_properties(), os.environ)
+            partition_as_told(read_configuration(properties=properties, environment=os.environ))
+            return None
+        refusal = error_reply(
+            schema_before_reading(self.configuration.response_schema, None),
+            RequestError("partition is not for requests; use the partition command"),
+        )
+        return _immediately(to_async_output(refusal)) if _event_loop_runs() else to_output(refusal)
 
     def _load_as_told(self, properties: Mapping[str, str]) -> None:
         """Load by DJL's first call. Should it fail, DJL 0.20 sends requests all the same."""
@@ -294,8 +314,8 @@ def _event_loop_runs() -> bool:
     return True
 
 
-async def _nothing() -> None:
-    return None
+async def _immediately(value: _T) -> _T:
+    return value
 
 
 service = Service()

@@ -35,7 +35,7 @@ def check_tensors(weights: Weights, a: T5Architecture) -> None:
     needed = {
         embedding_name(weights): table,
         head_name(weights, a): table,
-        **dict(_of_the_stacks(a)),
+        **dict(tensors_of_the_stacks(a)),
     }
     for name, shape in needed.items():
         check_shape(weights, name, shape)
@@ -49,7 +49,8 @@ def check_tensors(weights: Weights, a: T5Architecture) -> None:
             )
 
 
-def _of_the_stacks(a: T5Architecture) -> Iterator[tuple[str, Shape]]:
+def tensors_of_the_stacks(a: T5Architecture) -> Iterator[tuple[str, Shape]]:
+    """(name, shape) of all but the embedding and the head."""
     for stack, layers in (("encoder", a.num_layers), ("decoder", a.num_decoder_layers)):
         yield f"{stack}.final_layer_norm.weight", (a.d_model,)
         for i in range(layers):

@@ -11,6 +11,12 @@ from typing import Any
 from handler.batcher import Batcher
 from handler.checkpoints.architecture import T5_FAMILY
 from handler.checkpoints.find import find_checkpoint, model_config
+from handler.checkpoints.partitioned import (
+    Partition,
+    as_partitioned,
+    check_partition,
+    read_partition,
+)
 from handler.config import Configuration, Degree, configuration_of
 from handler.errors import LoadError, shown
 from handler.inference import Model
@@ -58,6 +64,7 @@ def load_model(configuration: Configuration) -> Model:
     """Load the model that the configuration describes. Raises LoadError."""
     folder = find_checkpoint(configuration)
     backend, reason = choose_backend(configuration, folder)
+    configuration = as_partitioned(configuration, folder)
     logger.info("backend %s: %s", backend, reason)
     return Model(
         _runner(backend, folder, configuration),
@@ -69,6 +76,9 @@ def load_model(configuration: Configuration) -> Model:
 
 def choose_backend(c: Configuration, folder: Path) -> tuple[str, str]:
     """(backend, why). Raises LoadError."""
+    partition = read_partition(folder)
+    if partition is not None:
+        return _backend_of_partition(partition, c, folder)
     if c.backend in ("onnxruntime", "transformers"):
         return c.backend, "option.backend"
     if c.backend != "auto":
@@ -87,6 +97,29 @@ def choose_backend(c: Configuration, folder: Path) -> tuple[str, str]:
     if missing:
         return "transformers", f"the package {missing[0]} is not installed"
     return "onnxruntime", f"model type {model_type} on a CPU"
+
+
+def _backend_of_partition(p: Partition, c: Configuration, folder: Path) -> tuple[str, str]:
+    """The one engine that reads the folder. Raises LoadError where it is not asked for or there."""
+    check_partition(p, folder, c)
+    backend = "onnxruntime" if p.format == "native" else p.format
+    if c.backend not in ("auto", backend):
+        raise LoadError(
+            f"{folder} is partitioned for backend {backend}, option.backend={c.backend}; set "
+            "option.backend=auto or name the original checkpoint"
+        )
+    if p.format != "native":
+        raise LoadError(
+            f"{folder} is partitioned for backend {p.format}, which is not in this version; name "
+            "the original checkpoint or partition with --format native"
+        )
+    if p.tensor_parallel_degree != 1 or p.dtype not in ("fp32", "int8"):
+        raise LoadError(
+            f"{folder} is partitioned for tensor_parallel_degree={p.tensor_parallel_degree} and "
+            f"dtype={p.dtype}, which no engine of this version serves; partition the original "
+            "checkpoint for 1 and fp32 or int8"
+        )
+    return backend, f"{folder} is partitioned for it"
 
 
 def _runner(backend: str, folder: Path, c: Configuration) -> Runner:

@@ -39,7 +39,8 @@ class GraphBuilder:
     @property
     def settings(self) -> str:
         """All that decides about the graphs besides the weights."""
-        return repr((_LAYOUT, self.architecture, self.forms))
+        forms = self.forms.encoder, *dict(self.forms.decoder)
+        return repr((_LAYOUT, self.architecture, forms))
 
     def build(self, folder: Path) -> None:
         """Raises LoadError naming the tensor that is missing or wrong."""
@@ -209,7 +210,7 @@ class GraphBuilder:
 
     def _head(self, layers: Layers, x: str) -> None:
         a = self.architecture
-        weight = self.weights.get(head_name(self.weights, a), (a.vocab_size, a.d_model))
+        weight = layers.matrix(head_name(self.weights, a), (a.vocab_size, a.d_model))
         layers.graph.node("Identity", [layers.linear(x, weight, "lm_head")], "logits")
 
 

@@ -10,12 +10,13 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from handler import __version__
 from handler.errors import LoadError
-from handler.machine import users_cache
+from handler.machine import usable_cpus, users_cache
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def cache_folder(checkpoint: Path, cache_dir: str | None) -> Path:
     Raises LoadError where none can be written to.
     """
     own = users_cache()
-    places = [checkpoint / _BESIDE_THE_MODEL, *([own] if own else [])]
+    places = [beside_the_model(checkpoint), *([own] if own else [])]
     if cache_dir:
         places = [Path(cache_dir)]
     for place in places:
@@ -47,6 +48,11 @@ def cache_folder(checkpoint: Path, cache_dir: str | None) -> Path:
     )
 
 
+def beside_the_model(checkpoint: Path) -> Path:
+    """Where graphs come with a checkpoint, whether or not it can be written to."""
+    return checkpoint / _BESIDE_THE_MODEL
+
+
 @contextmanager
 def writing_to(cache: Path) -> Iterator[None]:
     """Errors of the disk become LoadErrors."""
@@ -60,18 +66,25 @@ def writing_to(cache: Path) -> Iterator[None]:
 
 
 def built(
-    cache: Path, sources: Sequence[Path], settings: str, build: Callable[[Path], None]
+    cache: Path,
+    sources: Sequence[str],
+    settings: str,
+    build: Callable[[Path], None],
+    shipped: Path | None = None,
 ) -> Path:
-    """The folder of graphs for these source files and settings; calls ``build`` where it must.
+    """The folder of graphs for these sources and settings; calls ``build`` where it must.
 
+    sources: digests of the files; shipped: another place where the graphs may be already.
     A folder appears under its name only when it is complete; one that is damaged is made anew.
     """
     key = hashlib.sha256(settings.encode())
-    for part in (__version__, *(_digest(path, cache) for path in sources)):
+    for part in (__version__, *sources):
         key.update(b"\0" + part.encode())
-    folder = cache / key.hexdigest()[:32]
-    if _is_whole(folder):
-        return folder
+    name = key.hexdigest()[:32]
+    for place in dict.fromkeys((cache, shipped or cache)):
+        if _is_whole(place / name):
+            return place / name
+    folder = cache / name
     start = time.monotonic()
     with writing_to(cache):
         _build_aside(folder, build)
@@ -84,7 +97,7 @@ def _build_aside(folder: Path, build: Callable[[Path], None]) -> None:
     aside.chmod(0o755)  # other users' processes may find it, too
     try:
         build(aside)
-        files = {f.name: [f.stat().st_size, _checksum(f)] for f in sorted(aside.iterdir())}
+        files = {file.name: _size_and_checksum(file) for file in sorted(aside.iterdir())}
         (aside / _MANIFEST).write_text(json.dumps(files, indent=1))
         if folder.exists() and not _is_whole(folder):
             shutil.rmtree(folder)
@@ -100,9 +113,11 @@ def _build_aside(folder: Path, build: Callable[[Path], None]) -> None:
 def _is_whole(folder: Path) -> bool:
     try:
         files = json.loads((folder / _MANIFEST).read_text())
-        for name, (size, checksum) in files.items():
-            if (folder / name).stat().st_size != size or _checksum(folder / name) != checksum:
-                raise ValueError(f"{name} is damaged")
+        with ThreadPoolExecutor(usable_cpus()) as threads:
+            seen = threads.map(_size_and_checksum, [folder / name for name in files])
+            for (name, told), now in zip(files.items(), seen):
+                if told != now:
+                    raise ValueError(f"{name} is damaged")
     except FileNotFoundError:
         if folder.exists():
             logger.warning("%s is incomplete and is built anew", folder)
@@ -113,25 +128,25 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
-def _checksum(file: Path) -> int:
+def _size_and_checksum(file: Path) -> list[int]:
     checksum = 0
     with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
             checksum = zlib.crc32(chunk, checksum)
-    return checksum
+        return [stream.tell(), checksum]
 
 
-def _digest(file: Path, cache: Path) -> str:
-    """SHA-256 of a file's content, remembered while nothing touches the file."""
+def digest(file: Path, cache: Path) -> str:
+    """SHA-256 of a file's content, remembered in ``cache`` while nothing touches the file."""
     known_file, name, status = cache / _DIGESTS, str(file.resolve()), file.stat()
     # ctime, too: tools that copy set mtime back to what the original has
     seen = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
     known: dict[str, list[object]] = {}
     try:
         known = dict(json.loads(known_file.read_text()))
-        *then, digest = known[name]
+        *then, found = known[name]
         if then == seen:
-            return str(digest)
+            return str(found)
     except (OSError, ValueError, TypeError, KeyError):  # not there, damaged, or another file's
         pass
     sha = hashlib.sha256()

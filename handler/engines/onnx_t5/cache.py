@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 _BESIDE_THE_MODEL = ".onnx_t5"
 _MANIFEST = "manifest.json"
 _DIGESTS = "digests.json"
+_ASIDE = ".building"
 _CHUNK = 1 << 22
 
 
@@ -85,27 +86,48 @@ def built(
         if _is_whole(place / name):
             return place / name
     folder = cache / name
-    start = time.monotonic()
-    with writing_to(cache):
-        _build_aside(folder, build)
-    logger.info("built %s in %.1f s", folder, time.monotonic() - start)
+    with writing_to(cache), _only_builder(folder):
+        if not _is_whole(folder):  # another process may have built it meanwhile
+            start = time.monotonic()
+            _clear(folder)
+            _build_aside(folder, build)
+            logger.info("built %s in %.1f s", folder, time.monotonic() - start)
     return folder
 
 
+@contextmanager
+def _only_builder(folder: Path) -> Iterator[None]:
+    """While it lasts no other process builds this folder; a killed one holds nothing."""
+    from filelock import FileLock
+
+    lock = FileLock(f"{folder}.lock")
+    try:
+        lock.acquire()
+    except (NotImplementedError, OSError) as error:  # not every network disk has locks
+        logger.info("%s is built without a lock: %s", folder, error)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _clear(folder: Path) -> None:
+    """Remove what is damaged, and what builders that were killed left behind."""
+    for path in (folder, *folder.parent.glob(f"{folder.name}.*{_ASIDE}")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def _build_aside(folder: Path, build: Callable[[Path], None]) -> None:
-    aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=_ASIDE, dir=folder.parent))
     aside.chmod(0o755)  # other users' processes may find it, too
     try:
         build(aside)
         files = {file.name: _size_and_checksum(file) for file in sorted(aside.iterdir())}
         (aside / _MANIFEST).write_text(json.dumps(files, indent=1))
-        if folder.exists() and not _is_whole(folder):
-            shutil.rmtree(folder)
-        try:
-            aside.rename(folder)
-        except OSError:  # another process was first
-            if not _is_whole(folder):
-                raise
+        aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -113,6 +135,9 @@ def _build_aside(folder: Path, build: Callable[[Path], None]) -> None:
 def _is_whole(folder: Path) -> bool:
     try:
         files = json.loads((folder / _MANIFEST).read_text())
+        there = {file.name for file in folder.iterdir()} - {_MANIFEST}
+        if not files or set(files) != there:
+            raise ValueError(f"{_MANIFEST} does not name what is there")
         with ThreadPoolExecutor(usable_cpus()) as threads:
             seen = threads.map(_size_and_checksum, [folder / name for name in files])
             for (name, told), now in zip(files.items(), seen):
@@ -122,7 +147,7 @@ def _is_whole(folder: Path) -> bool:
         if folder.exists():
             logger.warning("%s is incomplete and is built anew", folder)
         return False
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         logger.warning("%s is built anew: %s", folder, error)
         return False
     return True
@@ -147,7 +172,7 @@ def digest(file: Path, cache: Path) -> str:
         *then, found = known[name]
         if then == seen:
             return str(found)
-    except (OSError, ValueError, TypeError, KeyError):  # not there, damaged, or another file's
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):  # not there, or damaged
         pass
     sha = hashlib.sha256()
     with file.open("rb") as stream:

@@ -35,6 +35,9 @@ from handler.streaming import AsyncStream
 # DJLServing's max_request_size
 _LARGEST_BODY = 64 * 1024 * 1024
 
+# How long an upload may stand still
+_STALLED_SECONDS = 20.0
+
 # In the User-Agent of huggingface_hub and of @huggingface/inference
 _HUGGING_FACE = ("hf_hub/", "@huggingface/")
 
@@ -42,6 +45,7 @@ _HUGGING_FACE = ("hf_hub/", "@huggingface/")
 _DJL_ERRORS = {
     404: ("ResourceNotFoundException", "Requested resource is not found"),
     405: ("MethodNotAllowedException", "Requested method is not allowed"),
+    408: ("RequestTimeoutException", f"Nothing of the body came for {_STALLED_SECONDS:g} s"),
     413: ("BadRequestException", f"The body is larger than {_LARGEST_BODY} bytes"),
 }
 
@@ -248,12 +252,20 @@ def _accept(request: Request) -> str:
 
 
 async def _read(request: Request) -> bytes:
+    told = request.headers.get("content-length", "")
+    if told.isdigit() and int(told) > _LARGEST_BODY:
+        raise HTTPException(413)
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > _LARGEST_BODY:
-            raise HTTPException(413)
-    return bytes(body)
+    chunks = request.stream()
+    try:
+        while True:
+            body += await asyncio.wait_for(chunks.__anext__(), _STALLED_SECONDS)
+            if len(body) > _LARGEST_BODY:
+                raise HTTPException(413)
+    except StopAsyncIteration:
+        return bytes(body)
+    except asyncio.TimeoutError:
+        raise HTTPException(408) from None
 
 
 async def _while_connected(request: Request, answering: Coroutine[Any, Any, _Answer]) -> _Answer:

@@ -35,6 +35,10 @@ logger = logging.getLogger(__name__)
 
 # Reading and tokenizing a longer body takes long enough to hold up an event loop.
 _LONG_BODY = 32_768
+# And so does making the first guide of a large vocabulary.
+_REGEX, _GRAMMAR = b"regex", b"grammar"
+# Writing a longer answer does, too.
+_LONG_ANSWER = 5_000  # tokens
 
 _T = TypeVar("_T")
 
@@ -188,7 +192,7 @@ class Service:
         rows."""
         deadline = Deadline(self.configuration.request_timeout)
         events = AsyncEvents()
-        if len(body) > _LONG_BODY:
+        if len(body) > _LONG_BODY or _REGEX in body or _GRAMMAR in body:
             submitted = await self._submit_off_the_loop(body, wanted, events)
         else:
             submitted = self._try_submit(body, wanted, events)
@@ -271,6 +275,8 @@ class Service:
         answers = [asyncio.wrap_future(future) for future in submitted.futures]
         try:
             await asyncio.wait(answers, timeout=deadline.left, return_when=asyncio.FIRST_EXCEPTION)
+            if _tokens_done(submitted) > _LONG_ANSWER:
+                return await asyncio.to_thread(self._collect, submitted, deadline)
             return self._collect(submitted, deadline)
         finally:
             for answer in answers:  # and those that failed count as looked at
@@ -298,6 +304,12 @@ def _cancel(submitted: _Submitted | Reply) -> None:
     if isinstance(submitted, _Submitted):
         for future in submitted.futures:
             future.cancel()
+
+
+def _tokens_done(submitted: _Submitted) -> int:
+    futures = (f for f in submitted.futures if f.done() and not f.cancelled())
+    results = (future.result() for future in futures if future.exception() is None)
+    return sum(len(one.token_ids) for r in results for one in (r, *r.alternatives))
 
 
 def _log_and_put(put: Callable[[TokenEvent | None], None], event: TokenEvent | None) -> None:

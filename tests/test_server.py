@@ -610,7 +610,7 @@ def _raw(server: httpx.Client, head: bytes) -> socket.socket:
 
 def test_an_upload_that_stands_still_is_given_up(server: httpx.Client) -> None:
     with _raw(server, b"Content-Length: 100\r\n\r\n{") as connection:
-        answer = connection.recv(65536)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b"Nothing of the body came for 20 s" in answer
 

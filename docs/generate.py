@@ -47,7 +47,8 @@ PARAMETERS_HEAD = """\
 
 Sent with a request, in `parameters`. All names in the first column mean the first one; `null` means
 absent. An unknown name is a 400 that names the nearest known one. A parameter that the engine does
-not honour is a 400 too, never ignored: the last column tells which engines do.
+not honour is a 400 too, never ignored: the last column tells which engines do. The formulas, and
+the order in which they apply, are in [sampling.md](sampling.md).
 
 | parameter (also as) | default | allowed | example | meaning | backends |
 |---|---|---|---|---|---|

@@ -154,7 +154,8 @@ class GenerationParameters:
     repetition_penalty: float = _parameter(
         1.0,
         number(1e-6, 100.0, "a number above 0, to 100"),
-        "Divides positive logits (multiplies negative ones) of tokens already generated; 1 is off.",
+        "Divides positive logits (multiplies negative ones) of tokens already generated and of the "
+        "decoder's start token; 1 is off.",
         allowed="above 0, to 100",
         example=1.2,
     )
@@ -190,7 +191,8 @@ class GenerationParameters:
     bad_words_list: tuple[StopSequence, ...] = _parameter(
         (),
         sequences,
-        "Token sequences that are never generated.",
+        "Token sequences that are never generated; a string stands for what it is after a space "
+        "and within a word.",
         allowed="a string, strings, or FasterTransformer's [token ids, end offsets]",
         example=["foo"],
         aliases=("bad_words",),

@@ -22,7 +22,7 @@ from handler.engines import Model, init_inference
 from handler.errors import RequestError
 from handler.generation import GenerationRequest, GenerationResult
 from handler.parameters import MAX_SEED, GenerationParameters
-from handler.sampling import RowSampling, choose_tokens
+from handler.sampling import RowSampling, choose_tokens, gumbel
 
 Logits = npt.NDArray[np.float32]
 
@@ -101,6 +101,13 @@ def test_a_number_belongs_to_its_seed_and_step(seed: int, step: int) -> None:
     assert RowSampling(sampled(seed=seed)).uniform(step) == number
     assert RowSampling(sampled(seed=(seed + 1) % MAX_SEED)).uniform(step) != number
     assert row.uniform(step + 1) != number
+
+
+def test_noise_of_different_steps_has_nothing_in_common() -> None:
+    row = RowSampling(sampled(seed=3))
+    noise = np.stack([gumbel(row, step, (500,)) for step in range(20)])
+    assert (gumbel(row, 7, (500,)) == noise[7]).all()
+    assert len(np.unique(noise)) > 0.999 * noise.size
 
 
 def test_without_a_seed_each_request_has_its_own() -> None:
@@ -224,6 +231,18 @@ def test_log_probs_are_the_models_own(
         exact = expected[row, tokens[row]].item()
         assert log_probs[row] == pytest.approx(exact, abs=2e-5, rel=1e-6)
         assert log_probs[row] <= 0.0
+
+
+@pytest.mark.parametrize("p", [GenerationParameters(), sampled(), sampled(top_k=5)], ids=str)
+def test_padding_of_the_vocabulary_counts_but_is_never_chosen(p: GenerationParameters) -> None:
+    logits = np.stack([random_logits(5000, seed=seed) for seed in range(8)])
+    logits[:4, 4990:] = 9.0
+    logits[3, 4990:] = 150.0
+    expected = torch.log_softmax(torch.from_numpy(logits).double(), -1)
+    rows = [RowSampling(replace(p, seed=row)) for row in range(8)]
+    tokens, log_probs = choose_tokens(logits, rows, [0] * 8, EOS, 4990)
+    assert max(tokens) < 4990
+    assert log_probs == pytest.approx(expected[range(8), tokens].tolist(), abs=2e-5)
 
 
 # Logits that are no numbers, parameters that leave nothing

@@ -217,7 +217,8 @@ def test_any_texts_beside_each_other(flan: Case, prompts: list[str]) -> None:
         {"presence_penalty": 0.5},
         {"frequency_penalty": 0.5},
         {"top_n_tokens": 3},
-        {"num_return_sequences": 2, "do_sample": True},
+        {"regex": "[a-z]+"},
+        {"num_beams": 2, "num_return_sequences": 2},
         {"stream": True},
     ],
     ids=lambda value: next(iter(value)),
@@ -225,7 +226,7 @@ def test_any_texts_beside_each_other(flan: Case, prompts: list[str]) -> None:
 def test_what_it_does_not_support_is_refused_by_name(
     flan: Case, parameters: dict[str, Any]
 ) -> None:
-    name = next(iter(parameters))
+    name = list(parameters)[-1]
     with pytest.raises(RequestError, match=f"{name!r} is not supported by backend transformers"):
         flan.run(["x"], **parameters)
 

@@ -108,6 +108,10 @@ def _boolean(value: Any) -> bool:
         raise _Refused("true or false") from None
 
 
+def _streaming(value: Any) -> bool:
+    return str(value).lower() == "huggingface" or _boolean(value)  # DJL's name of one of its ways
+
+
 def _template(value: Any) -> str:
     if "{input}" not in _text(value):
         raise _Refused("a text that contains {input}")
@@ -262,6 +266,13 @@ class Configuration:
     log_prompts: bool = _property(
         False, _boolean, "Write prompts and answers to the log.", example="true"
     )
+    enable_streaming: bool = _property(
+        False,
+        _streaming,
+        "On the fastertransformer wheel under engine=Python: get texts piece by piece. The other "
+        "engines always do.",
+        example="true",
+    )
     # Set by DJLServing itself, not by people.
     model_dir: str | None = _property(None, _text, "The unpacked model folder.", example="/opt/m")
     device_id: int | None = _property(
@@ -282,7 +293,7 @@ _FOLDED = {accepted.lower(): name for accepted, name in _CANONICAL.items()}
 DJL_OWNED = frozenset(
     """
     async_mode batch_size chunked_read_timeout cluster_size device_map draft_model_id enable_lora
-    enable_streaming enable_venv engine entrypoint env gpu_id handler input_formatter job_queue_size
+    enable_venv engine entrypoint env gpu_id handler input_formatter job_queue_size
     load_on_devices log_request_metric low_cpu_mem_usage max_batch_delay max_idle_time max_input_len
     max_lora_rank max_loras max_num_tokens max_rolling_batch_prefill_tokens max_tokens maxworkers
     metric_dimension minworkers model_id_or_path model_loading_timeout model_name model_url

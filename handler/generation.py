@@ -67,6 +67,7 @@ class GenerationResult:
 
     token_ids: every token chosen, a closing ``</s>`` and those of a stop sequence included.
     log_probs: the model's own log-probability of each of them, before temperature and filters.
+    Either is empty where the engine does not tell them.
     finish_reason: ``eos_token`` | ``length`` | ``stop_sequence``.
     input_tokens: how many tokens the encoder read; truncated: whether that was not the whole input.
     top_tokens: of each step the likeliest tokens, where the request asked for them.
@@ -91,12 +92,12 @@ class GenerationResult:
 class TokenEvent:
     """One step of a stream. ``text`` may be empty: a token that only begins a character or word.
 
-    The last event carries the whole ``result``.
+    The last event carries the whole ``result``. None: what the engine does not tell.
     """
 
     text: str
-    token_id: int
-    log_prob: float
+    token_id: int | None
+    log_prob: float | None
     result: GenerationResult | None = None
 
 
@@ -114,8 +115,8 @@ class SharedEncoding:
 class Generation:
     """One request on its way through an engine: its prompt, its texts so far, its future.
 
-    The engine's thread alone calls ``append``, ``finish`` and ``started``; anyone may cancel
-    ``future``. forced: tokens that are to be scored, in place of a choice.
+    The engine's thread alone calls ``append``, ``append_text``, ``finish`` and ``started``; anyone
+    may cancel ``future``. forced: tokens that are to be scored, in place of a choice.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class Generation:
         on_event: Callable[[TokenEvent], None] | None = None,
     ) -> None:
         self.parameters = request.parameters
+        self.prompt = request.input
         self.prompt_ids = list(prompt_ids)
         self.forced = forced
         self.encoding = encoding
@@ -162,16 +164,28 @@ class Generation:
         self._started = perf_counter()
         self.input_cached = cached
 
-    def append(self, token_id: int, log_prob: float, top_tokens: tuple[TopToken, ...] = ()) -> bool:
+    def append(
+        self, token_id: int, log_prob: float | None, top_tokens: tuple[TopToken, ...] = ()
+    ) -> bool:
         """Take the next token of its one text; True when it was the last one.
 
-        A log-probability of NaN fails the generation.
+        A log-probability of NaN fails the generation; None is one that the engine does not tell.
         """
-        if math.isnan(log_prob):
+        if log_prob is not None and math.isnan(log_prob):
             self.fail(not_a_number())
             return True
+        self.continuation.append(token_id, log_prob, top_tokens)
+        return self._went_on(token_id, log_prob)
+
+    def append_text(self, text: str, *, last: bool) -> bool:
+        """Take text from an engine that tells no tokens; True when it was the end."""
+        self.continuation.append_text(text, last=last)
+        return self._went_on(None, None)
+
+    def _went_on(self, token_id: int | None, log_prob: float | None) -> bool:
+        """Tell who listens; True, and resolved, when this was the end."""
         continuation = self.continuation
-        if continuation.append(token_id, log_prob, top_tokens) is None:
+        if continuation.finish_reason is None:
             if self._on_event is not None:
                 self._on_event(TokenEvent(continuation.unsent(), token_id, log_prob))
             return False

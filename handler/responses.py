@@ -114,16 +114,18 @@ def _details(result: GenerationResult, tokenizer: Tokenizer) -> dict[str, Any]:
             "fp32, or check its weights",
             424,
         )
+    # null where the engine does not tell them
+    log_probs = result.log_probs or [None] * len(result.token_ids)
     tokens = [
         {"id": token_id, "text": tokenizer.token(token_id), "log_prob": log_prob}
-        for token_id, log_prob in zip(result.token_ids, result.log_probs)
+        for token_id, log_prob in zip(result.token_ids, log_probs)
     ]
     return {
         "finish_reason": result.finish_reason,
         "generated_tokens": len(result.token_ids),
         "input_tokens": result.input_tokens,
         "truncated": result.truncated,
-        "cumulative_log_prob": sum(result.log_probs),
+        "cumulative_log_prob": sum(result.log_probs) if result.log_probs else None,
         "tokens": tokens,
     }
 

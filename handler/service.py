@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import logging
 import os
 import re
@@ -17,6 +18,7 @@ from handler.config import Configuration, read_configuration, without_djls_own
 from handler.engines import Model, load_model
 from handler.errors import LoadError, RequestError
 from handler.generation import GenerationResult
+from handler.ranks import end_job, world_of
 from handler.request_parsing import ParsedRequest, parse_request
 from handler.responses import (
     Reply,
@@ -37,6 +39,8 @@ logger = logging.getLogger(__name__)
 # and keep small what is made of a client's form whose fields have such names.
 _BATCH_KEY = re.compile(r"batch_(\d{1,3})\.")
 _LARGEST_BATCH = 1000
+# How long a rank that could not load lets DJL read why, before it ends the job.
+_FAREWELL_SECONDS = 5.0
 # Reading and tokenizing a longer body takes long enough to hold up an event loop.
 _LONG_BODY = 32_768
 
@@ -91,7 +95,7 @@ class Service:
         """
         in_async_mode = _event_loop_runs()
         if inputs.is_empty() and not self._first_call_came:
-            self._load_as_told(inputs.get_properties())
+            self._load_as_told(inputs.get_properties(), in_async_mode)
             return _nothing() if in_async_mode else None
         if in_async_mode:
             return self._handle_async(inputs)
@@ -100,14 +104,22 @@ class Service:
             return to_batch_output(self.answer_batch(bodies))
         return to_output(self.answer(_body(inputs)))
 
-    def _load_as_told(self, properties: Mapping[str, str]) -> None:
-        """Load by DJL's first call. Should it fail, DJL 0.20 sends requests all the same."""
+    def _load_as_told(self, properties: Mapping[str, str], in_async_mode: bool) -> None:
+        """Load by DJL's first call. Should it fail, DJL 0.20 sends requests all the same.
+
+        One rank of several that fails ends them all: the others wait for it to load.
+        """
         self._first_call_came = True
+        world = world_of()
         try:
+            if world.size > 1:
+                _refuse_uneven_calls(properties, in_async_mode)
             told = without_djls_own(properties, os.environ)
             self.load(read_configuration(properties=told, environment=os.environ))
         except Exception as error:
             self._load_failure = error
+            if world.size > 1:
+                end_job(world, error, after=_FAREWELL_SECONDS)
             raise
 
     async def _handle_async(self, inputs: Input) -> Output:
@@ -123,6 +135,8 @@ class Service:
         """Answer requests together, each by itself: one that is bad fails alone."""
         deadline = time.monotonic() + self.configuration.request_timeout
         submitted = [self._try_submit(body) for body in bodies]
+        if not all(isinstance(s, Reply) for s in submitted):
+            self.model.run_submitted()
         return [
             s if isinstance(s, Reply) else self._wait(s, deadline - time.monotonic())
             for s in submitted
@@ -191,6 +205,22 @@ class Service:
         finally:
             for future in submitted.futures:
                 future.cancel()
+
+
+def _refuse_uneven_calls(properties: Mapping[str, str], in_async_mode: bool) -> None:
+    """Of several ranks each must get every call, in the same order. Raises LoadError."""
+    if in_async_mode:
+        raise LoadError(
+            "option.async_mode=true: calls would reach each MPI rank in another order; set it to "
+            "false, or set engine=Python"
+        )
+    # Passive workers came with async mode: then only rank 0 gets requests.
+    new = importlib.util.find_spec("djl_python.async_utils") is not None
+    if new and str(properties.get("use_passive_workers", "true")).lower() != "false":
+        raise LoadError(
+            "option.use_passive_workers=true (this DJLServing's default): requests would reach MPI "
+            "rank 0 only; set it to false, or set engine=Python"
+        )
 
 
 def _body(inputs: Input) -> bytes:

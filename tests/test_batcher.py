@@ -28,6 +28,7 @@ class GatedEngine:
     name = "gated"
     tokenizer = TOKENIZER
     max_rows = 4
+    quality_warning = None
     supported_parameters = frozenset({"max_new_tokens", "temperature", "do_sample", "num_beams"})
 
     def __init__(self, failure: BaseException | None = None) -> None:

@@ -21,7 +21,8 @@ from handler.engines.hf_loading import (
     token_rules,
 )
 from handler.engines.protocol import BatchEngine
-from handler.errors import LoadError, RequestError, shown
+from handler.engines.token_lists import bad_words, padded
+from handler.errors import LoadError
 from handler.generation import Generation
 from handler.machine import usable_cpus
 from handler.parameters import GenerationParameters, random_seed
@@ -57,6 +58,7 @@ class HfGenerateEngine:
     their seed alone decides their text."""
 
     name = "transformers"
+    quality_warning = None
     supported_parameters = SUPPORTED_PARAMETERS
 
     def __init__(self, folder: Path, configuration: Configuration) -> None:
@@ -165,10 +167,7 @@ class HfGenerateEngine:
         """input_ids and attention_mask, [rows, longest prompt]."""
         import torch
 
-        longest = max(map(len, prompts))
-        pad = self.tokenizer.pad_token_id
-        ids = [[*prompt, *[pad] * (longest - len(prompt))] for prompt in prompts]
-        mask = [[1] * len(prompt) + [0] * (longest - len(prompt)) for prompt in prompts]
+        ids, mask = padded(prompts, self.tokenizer.pad_token_id)
         device = self._model.device
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
@@ -184,7 +183,7 @@ class HfGenerateEngine:
         }
         if p.bad_words_list:
             of_the_model = self._model.generation_config.bad_words_ids or []
-            arguments["bad_words_ids"] = [*of_the_model, *self._bad_words(p)]
+            arguments["bad_words_ids"] = [*of_the_model, *bad_words(p, self.tokenizer)]
         if p.samples:
             arguments["temperature"] = p.temperature
             arguments["top_k"] = p.top_k
@@ -194,19 +193,6 @@ class HfGenerateEngine:
             arguments["length_penalty"] = p.length_penalty
             arguments["early_stopping"] = p.early_stopping
         return arguments
-
-    def _bad_words(self, p: GenerationParameters) -> list[list[int]]:
-        """Raises RequestError for a word that the vocabulary cannot write."""
-        words = []
-        for word in p.bad_words_list:
-            ids = self.tokenizer.encode_plain(word) if isinstance(word, str) else list(word)
-            if not ids or max(ids) >= self.tokenizer.size:
-                raise RequestError(
-                    f"parameter 'bad_words_list' must hold words of this model's "
-                    f"{self.tokenizer.size} tokens, got {shown(word)}"
-                )
-            words.append(ids)
-        return words
 
 
 class _HandOver:

@@ -7,6 +7,7 @@ which the rank is added; the properties of the first call as JSON.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from handler.ranks import world_of
 from handler.service import Service
 
 
-def main(calls: str, answers: str, properties: str) -> None:
+def main(calls: str, answers: str) -> None:
     service = Service()
-    service.load(read_configuration(properties=json.loads(properties)))
+    service.load(read_configuration(environment=os.environ))
     with open(f"{answers}.{world_of().rank}", "w") as file:
         for line in Path(calls).read_text().splitlines():
             bodies = [json.dumps(body).encode() for body in json.loads(line)]

@@ -31,8 +31,8 @@ def test_what_mpirun_says() -> None:
 
 # Everything whose order, timing or chance could make ranks differ.
 CALLS = [
-    [body(PROMPTS, temperature=2.0)],
-    [body("x", max_new_tokens=5), body(PROMPTS * 3), body(5), body("x", nonsense=1)],
+    [body(PROMPTS, temperature=2.0, max_tokens=9)],
+    [body("x", max_new_tokens=5), body(PROMPTS * 3, max_tokens=9), body(5), body("x", nonsense=1)],
     [
         body(PROMPTS, temperature=2.0),
         body(PROMPTS[0], num_beams=2),

@@ -39,6 +39,8 @@ SUPPORTED_PARAMETERS = frozenset(
     bad_words_list details return_log_probs return_full_text truncate ignore_eos_token
     """.split()
 )
+# Older ones cannot stop single rows (4.39), nor were they tried.
+_OLDEST = (4, 44)
 # What a batch of greedy or beam searches must agree on; the rest is done per request.
 _SHARED_BY_A_BATCH = operator.attrgetter(
     "max_new_tokens",
@@ -217,9 +219,15 @@ class _HandOver:
 def load(folder: Path, configuration: Configuration) -> BatchEngine:
     """The engine on the checkpoint in ``folder``. Raises LoadError."""
     try:
-        import transformers  # noqa: F401
+        import transformers
     except ImportError as error:
         raise LoadError(
             f"option.backend=transformers needs the packages torch and transformers: {error}"
         ) from error
+    version = transformers.__version__
+    if tuple(map(int, version.split(".")[:2])) < _OLDEST:
+        raise LoadError(
+            f"option.backend=transformers needs transformers {'.'.join(map(str, _OLDEST))} or "
+            f"newer, this image has {version}; take a newer image or another option.backend"
+        )
     return HfGenerateEngine(folder, configuration)

@@ -168,15 +168,16 @@ class Configuration:
         "auto",
         _dtype,
         "Number format of the weights. auto: bf16 on GPUs of compute capability 8.0 and up, fp16 "
-        "on older ones, fp32 on CPUs. int8 quantizes the weights (CPUs); int4 is not in this "
-        "version.",
+        "on older ones, fp32 on CPUs and on the fastertransformer wheel. int8 quantizes the weights "
+        "(CPUs); int4 is not in this version.",
         example="bf16",
         aliases=("quantize",),
     )
     tensor_parallel_degree: Degree = _property(
         1,
         _degree,
-        'GPUs that share the model; "max" takes all that the worker is given.',
+        'GPUs that share the model; "max" takes all that the worker is given. Under MPI it must be '
+        "the number of ranks.",
         example="4",
         environment=("TENSOR_PARALLEL_DEGREE",),
     )
@@ -210,7 +211,8 @@ class Configuration:
     request_timeout: float = _property(
         55.0,
         _seconds,
-        "Seconds until a request is answered 504; SageMaker itself gives up after 60.",
+        "Seconds until a request is answered 504; SageMaker itself gives up after 60. MPI ranks "
+        "wait for DJLServing's predict_timeout instead.",
         example="20",
     )
     max_queue: int = _property(

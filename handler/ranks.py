@@ -25,17 +25,21 @@ _PARENT_CHECK_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class World:
-    """This process is ``rank`` of ``size``."""
+    """This process is ``rank`` of ``size``. A job of mpirun may have a single one."""
 
     rank: int = 0
     size: int = 1
+    by_mpirun: bool = False
 
 
 def world_of(environment: Mapping[str, str] = os.environ) -> World:
     """What mpirun says; without it a world of one."""
+    if "OMPI_COMM_WORLD_SIZE" not in environment:
+        return World()
     return World(
-        int(environment.get("OMPI_COMM_WORLD_RANK") or 0),
-        int(environment.get("OMPI_COMM_WORLD_SIZE") or 1),
+        int(environment["OMPI_COMM_WORLD_RANK"]),
+        int(environment["OMPI_COMM_WORLD_SIZE"]),
+        by_mpirun=True,
     )
 
 

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 
 import pytest
 
-from handler.batcher import Batcher
+from handler import batcher as batcher_module
+from handler.batcher import Batcher, Lockstep
 from handler.errors import RequestError
 from handler.generation import Generation, GenerationRequest
 from handler.parameters import GenerationParameters
+from handler.ranks import World
 from handler.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
@@ -193,3 +195,57 @@ def test_closing_finishes_what_runs_and_fails_what_waits() -> None:
     assert error.code == 503
     with pytest.raises(RequestError, match="being unloaded"):
         batcher.submit([generation("late")])
+
+
+# One rank of several
+
+
+def lockstep(engine: GatedEngine) -> Lockstep:
+    for _ in range(100):
+        engine.gate.release()
+    return Lockstep(engine, 100, World(1, 2))
+
+
+def test_nothing_runs_before_a_call_is_complete() -> None:
+    """And then the batches follow from what was submitted alone."""
+    engine = GatedEngine()
+    batcher = lockstep(engine)
+    sent = [generation(text) for text in "abcdef"]
+    batcher.submit(sent[:1])
+    batcher.submit([generation("other", max_new_tokens=7)])
+    batcher.submit(sent[1:])
+    assert engine.batches == []
+    batcher.run_submitted()
+    assert [g.future.result(0).text for g in sent] == list("abcdef")
+    assert engine.batches == [["a", "b", "c", "d"], ["other"], ["e", "f"]]
+    batcher.close()
+    assert engine.closed
+
+
+def test_a_rank_runs_in_the_thread_that_calls() -> None:
+    threads = []
+
+    class Noting(GatedEngine):
+        def generate(self, batch: Sequence[Generation]) -> None:
+            threads.append(threading.current_thread())
+            super().generate(batch)
+
+    batcher = lockstep(Noting())
+    batcher.submit([generation("a")])
+    batcher.run_submitted()
+    assert threads == [threading.current_thread()]
+
+
+@pytest.mark.parametrize(
+    ("failure", "ends"), [(RuntimeError("NCCL"), True), (RequestError("refused"), False)], ids=str
+)
+def test_a_rank_whose_engine_fails_ends_the_job(
+    monkeypatch: pytest.MonkeyPatch, failure: Exception, ends: bool
+) -> None:
+    """A refused request is refused by all of them."""
+    ended: list[BaseException] = []
+    monkeypatch.setattr(batcher_module, "end_job", lambda world, error: ended.append(error))
+    batcher = lockstep(GatedEngine(failure))
+    batcher.submit([generation("a")])
+    batcher.run_submitted()
+    assert ended == ([failure] if ends else [])

@@ -26,7 +26,7 @@ def test_alone_without_mpirun() -> None:
 
 def test_what_mpirun_says() -> None:
     told = {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4"}
-    assert world_of(told) == World(2, 4)
+    assert world_of(told) == World(2, 4, by_mpirun=True)
 
 
 # Everything whose order, timing or chance could make ranks differ.

@@ -173,6 +173,12 @@ def test_schemas(schema: str, inputs: Any, details: bool, body: Any) -> None:
     assert json.loads(_reply(schema, inputs, details, RESULT).body) == body
 
 
+def test_log_probs_that_the_engine_does_not_tell_are_null() -> None:
+    body = json.loads(_reply("lmi", "a", True, replace(RESULT, log_probs=())).body)
+    assert body["details"]["cumulative_log_prob"] is None
+    assert [token["log_prob"] for token in body["details"]["tokens"]] == [None, None]
+
+
 def test_log_probs_that_json_cannot_tell_are_an_error() -> None:
     for log_prob in (float("nan"), float("-inf")):
         result = replace(RESULT, log_probs=(-0.5, log_prob))

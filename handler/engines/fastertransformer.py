@@ -98,7 +98,7 @@ class FasterTransformerEngine:
         world = world_of()
         architecture = T5Architecture.from_config(model_config(folder))
         self.quality_warning: str | None = None
-        self._uses_triton = world.size == 1 and accepts("use_triton")
+        self._uses_triton = not world.by_mpirun and accepts("use_triton")
         self._streams = self._uses_triton and c.enable_streaming
         tensor, pipeline = degrees(c, architecture, world, self._uses_triton)
         self.supported_parameters = _OF_BOTH_OBJECTS if self._uses_triton else SUPPORTED_PARAMETERS

@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -160,12 +161,10 @@ def test_a_rank_killed_in_a_request_fails_it_and_leaves_no_process(
 
 def held_rank(gate: Path, rank: int, client: DjlClient) -> int:
     """The process id of a rank, as soon as it is held in a call."""
-    from time import monotonic, sleep
-
-    file, deadline = Path(f"{gate}.{rank}"), monotonic() + 180
+    file, deadline = Path(f"{gate}.{rank}"), time.monotonic() + 180
     while not file.exists():
-        assert monotonic() < deadline, client.log()
-        sleep(0.05)
+        assert time.monotonic() < deadline, client.log()
+        time.sleep(0.05)
     return int(file.read_text())
 
 
@@ -192,6 +191,7 @@ def test_a_load_that_fails_tells_why_and_does_not_hang(
     assert words in str(failed.value)
 
 
+@pytest.mark.long
 def test_newer_engines_must_give_every_rank_its_requests(
     gpus: Path, endpoint: Path, model: Model
 ) -> None:

@@ -7,6 +7,7 @@ batch runs; nobody waits for a batch to fill.
 from __future__ import annotations
 
 import logging
+import random
 from typing import TYPE_CHECKING
 
 from handler.errors import RequestError, as_request_error
@@ -88,12 +89,19 @@ class Lockstep(Batcher):
     engine that fails ends the job, because the other ranks wait for this one for ever.
     """
 
-    def __init__(self, engine: BatchEngine, max_queue: int, world: World) -> None:
+    def __init__(
+        self, engine: BatchEngine, max_queue: int, world: World, seeds: random.Random
+    ) -> None:
+        """seeds: random numbers that all ranks get alike."""
         self._world = world
+        self._seeds = seeds
         super().__init__(engine, max_queue)
 
     def _start(self) -> None:
         """No thread."""
+
+    def new_seed(self) -> int:
+        return self._seeds.getrandbits(64)
 
     def run_submitted(self) -> None:
         while self._waiting:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -203,7 +204,7 @@ def test_closing_finishes_what_runs_and_fails_what_waits() -> None:
 def lockstep(engine: GatedEngine) -> Lockstep:
     for _ in range(100):
         engine.gate.release()
-    return Lockstep(engine, 100, World(1, 2))
+    return Lockstep(engine, 100, World(1, 2), random.Random(5))
 
 
 def test_nothing_runs_before_a_call_is_complete() -> None:
@@ -220,6 +221,11 @@ def test_nothing_runs_before_a_call_is_complete() -> None:
     assert engine.batches == [["a", "b", "c", "d"], ["other"], ["e", "f"]]
     batcher.close()
     assert engine.closed
+
+
+def test_ranks_draw_equal_seeds() -> None:
+    first, second = (lockstep(GatedEngine()) for _ in range(2))
+    assert [first.new_seed() for _ in range(3)] == [second.new_seed() for _ in range(3)]
 
 
 def test_a_rank_runs_in_the_thread_that_calls() -> None:

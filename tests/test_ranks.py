@@ -37,6 +37,7 @@ CALLS = [
         body(PROMPTS, temperature=2.0),
         body(PROMPTS[0], num_beams=2),
         body([PROMPTS[0]] * 3, top_k=9),
+        body(PROMPTS[:2], top_k=9, n=3),
     ],
     [body("y", bad_words=[[[99999], [1]]]), body(["z"] * 60)],
 ]
@@ -59,7 +60,7 @@ def test_ranks_make_the_same_calls_and_answer_the_same(tmp_path: Path, demo: Pat
             assert first == second
             assert job.calls(0) == job.calls(1)
         codes = [[answer.get("code", 200) for answer in answers] for answers in first]
-        expected = [[200], [200, 200, 400, 400], [200, 200, 200], [400, 400]]
+        expected = [[200], [200, 200, 400, 400], [200, 200, 200, 200], [400, 400]]
         assert codes == expected[: len(calls)]
         seeds.append(job.calls(0)[1][-1]["random_seed"])
     assert seeds[0] != seeds[1]

@@ -126,7 +126,7 @@ def _runner(backend: str, folder: Path, c: Configuration) -> Runner:
 
         engine = fastertransformer.load(folder, c)
         if world.size > 1:
-            return Lockstep(engine, c.max_queue, world)
+            return Lockstep(engine, c.max_queue, world, engine.seeds)
         return Batcher(engine, c.max_queue)
     if backend == "onnxruntime":
         from handler.engines import onnx_t5

@@ -24,7 +24,6 @@ from handler.engines.fastertransformer_loading import (
     quality_warning,
     refusal,
 )
-from handler.engines.protocol import BatchEngine
 from handler.engines.token_lists import bad_words, padded, word_list
 from handler.errors import LoadError, RequestError, shown
 from handler.generation import Generation
@@ -108,7 +107,7 @@ class FasterTransformerEngine:
         self._padding = [[i] for i in range(self.tokenizer.size, architecture.vocab_size)]
         if world.size > 1:
             end_with_parent()
-        self._seeds = random.Random(agreed_seed(world))
+        self.seeds = random.Random(agreed_seed(world))
         arguments: dict[str, Any] = {"dtype": "fp32" if c.dtype == "auto" else c.dtype}
         if self._uses_triton:
             arguments |= {"use_triton": True, "do_streaming": self._streams}
@@ -124,7 +123,7 @@ class FasterTransformerEngine:
         for part in _without_twins(batch) if without_seed else [batch]:
             arguments = {name: of(parameters) for name, of in _ARGUMENTS.items()}
             if parameters.samples:
-                seed = self._seeds.getrandbits(64) if without_seed else parameters.seed
+                seed = self.seeds.getrandbits(64) if without_seed else parameters.seed
                 arguments["random_seed"] = seed
             if self._uses_triton:
                 self._call_triton(part, arguments)
@@ -240,7 +239,7 @@ def _without_twins(batch: Sequence[Generation]) -> list[list[Generation]]:
     return [list(part.values()) for part in parts]
 
 
-def load(folder: Path, configuration: Configuration) -> BatchEngine:
+def load(folder: Path, configuration: Configuration) -> FasterTransformerEngine:
     """The engine on the checkpoint in ``folder``. Raises LoadError."""
     config = model_config(folder)
     refused = refusal(config, configuration)

@@ -337,6 +337,7 @@ def test_what_the_wheel_cannot_do_is_refused_by_name(
             "set tie_word_embeddings to false",
         ),
         ("flan-t5", {}, {"tensor_parallel_degree": 2}, "needs 2 MPI ranks with this"),
+        ("flan-t5", {}, {"enable_streaming": True}, "option.enable_streaming=true needs Triton"),
     ],
     ids=str,
 )

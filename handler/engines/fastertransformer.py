@@ -98,7 +98,12 @@ class FasterTransformerEngine:
         architecture = T5Architecture.from_config(model_config(folder))
         self.quality_warning: str | None = None
         self._uses_triton = not world.by_mpirun and accepts("use_triton")
-        self._streams = self._uses_triton and c.enable_streaming
+        self._streams = c.enable_streaming
+        if self._streams and not self._uses_triton:
+            raise LoadError(
+                "option.enable_streaming=true needs Triton: set engine=Python, on an image of 0.22 "
+                "or newer, or unset it"
+            )
         tensor, pipeline = degrees(c, architecture, world, self._uses_triton)
         self.supported_parameters = _OF_BOTH_OBJECTS if self._uses_triton else SUPPORTED_PARAMETERS
         self.max_rows = c.max_rows or MAX_ROWS_ON_GPU

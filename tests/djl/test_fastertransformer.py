@@ -192,6 +192,14 @@ def test_a_load_that_fails_tells_why_and_does_not_hang(
 
 
 @pytest.mark.long
+def test_the_engine_before_those_images(gpus: Path, endpoint: Path, model: Model) -> None:
+    with under_mpi(gpus, endpoint, "0.20.0", tensor_parallel_degree="2") as client:
+        answers = client.predict_in_turn([post(body) for body in PAYLOADS.values()])
+    assert answers[1].json() == expected(model, TITLE)
+    assert [answer.code for answer in answers] == [200, 200, 200]
+
+
+@pytest.mark.long
 def test_newer_engines_must_give_every_rank_its_requests(
     gpus: Path, endpoint: Path, model: Model
 ) -> None:

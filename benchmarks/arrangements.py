@@ -121,12 +121,18 @@ class StaticBatches:
             *_, handles = engine.encode([generation.prompt_ids])
             assert handles is not None
             engine.attach(handles[0], row)
-        sampling = [RowSampling(generation.parameters) for generation in batch]
+        sampling = [
+            RowSampling(g.parameters, engine.decoder_start_token_id, g.bad_words) for g in batch
+        ]
         tokens = [engine.decoder_start_token_id] * n
         while not all(generation.done for generation in batch):
             logits = engine.decode(n, np.array(tokens)[:, None], np.full(n, step))
             tokens, log_probs = choose_tokens(
-                logits[:, 0], sampling, [step] * n, engine.tokenizer.eos_token_id
+                logits[:, 0],
+                sampling,
+                [step] * n,
+                engine.tokenizer.eos_token_id,
+                engine.tokenizer.size,
             )
             for generation, token, log_prob in zip(batch, tokens, log_probs):
                 if not generation.done:

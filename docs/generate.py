@@ -15,6 +15,7 @@ from pathlib import Path
 from handler.config import PROPERTIES
 from handler.engines.fastertransformer import SUPPORTED_PARAMETERS as OF_FASTERTRANSFORMER
 from handler.engines.hf_generate import SUPPORTED_PARAMETERS as OF_TRANSFORMERS
+from handler.inference import SUPPORTED_PARAMETERS as OF_EVERY_BACKEND
 from handler.parameters import PARAMETERS
 from handler.scheduler import SUPPORTED_PARAMETERS as OF_SCHEDULER
 
@@ -82,7 +83,7 @@ def parameters() -> str:
                 ("onnxruntime", OF_SCHEDULER),
                 ("transformers", OF_TRANSFORMERS),
             )
-            if name in supported
+            if name in supported or name in OF_EVERY_BACKEND
         ]
         rows.append(
             f"| `{name}`{others} | {default} | {m['allowed']} | "

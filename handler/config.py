@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Union
 
 from handler.errors import LoadError, nearest, shown
+from handler.prompt_template import TemplateError, placeholders
 
 logger = logging.getLogger(__name__)
 
@@ -113,8 +114,10 @@ def _streaming(value: Any) -> bool:
 
 
 def _template(value: Any) -> str:
-    if "{input}" not in _text(value):
-        raise _Refused("a text that contains {input}")
+    try:
+        placeholders(_text(value))
+    except TemplateError:
+        raise _Refused("a text that contains {input} and doubles other braces ({{ for {)") from None
     return str(value)
 
 
@@ -147,7 +150,7 @@ class Configuration:
     model_id: str | None = _property(
         None,
         _text,
-        "The weights: a folder, or a model id of the Hugging Face hub.",
+        "The weights: a folder, a model id of the Hugging Face hub, or s3://bucket/prefix.",
         example="google/flan-t5-xl",
         environment=("HF_MODEL_ID",),
         default_text="the model folder",
@@ -156,7 +159,10 @@ class Configuration:
         None, _text, "Branch, tag or commit of a model id.", example="main"
     )
     s3url: str | None = _property(
-        None, _text, "The weights, in S3.", example="s3://my-bucket/flan-t5-xxl/"
+        None,
+        _text,
+        "The weights, in S3; the same as model_id with such an address.",
+        example="s3://my-bucket/flan-t5-xxl/",
     )
     backend: str = _property(
         "auto",
@@ -228,19 +234,24 @@ class Configuration:
     prompt_template: str = _property(
         "{input}",
         _template,
-        "Put around every input.",
+        "Put around every input. A request's variables fill other names in braces, and its own "
+        "template takes this one's place; {{ and }} stand for braces.",
         example="Summarize: {input}",
     )
     merge_adapter: str | None = _property(
-        None, _text, "A peft LoRA folder that is merged into the weights.", example="adapter/"
+        None,
+        _text,
+        "A peft LoRA adapter that is merged into the weights at load: a folder, a model id of the "
+        "hub, or s3://bucket/prefix.",
+        example="adapter/",
     )
     cache_dir: str | None = _property(
         None,
         _text,
         "Where downloaded models and built graphs are kept.",
         example="/tmp/models",
-        default_text="graphs beside the model, else in the user's cache; downloads in the Hugging "
-        "Face cache",
+        default_text="graphs beside the model, else in the user's cache (~/.cache/djl-t5-handler); "
+        "downloads from S3 in the user's cache, those from the hub in the Hugging Face cache",
     )
     cpu_kernel: str = _property(
         "auto",
@@ -275,6 +286,19 @@ class Configuration:
         "engines always do.",
         example="true",
     )
+    save_mp_checkpoint_path: str | None = _property(
+        None,
+        _text,
+        "The folder that DJLServing's partition command writes.",
+        example="/opt/ml/model-partitioned",
+    )
+    model_path_on_host: str = _property(
+        "/opt/ml/model",
+        _text,
+        "Partitioning for FasterTransformer: the folder from which the result will be served. "
+        "Loaded from another one, it would be converted again.",
+        example="/models/flan-t5-xxl",
+    )
     # Set by DJLServing itself, not by people.
     model_dir: str | None = _property(None, _text, "The unpacked model folder.", example="/opt/m")
     device_id: int | None = _property(
@@ -299,9 +323,9 @@ DJL_OWNED = frozenset(
     load_on_devices log_request_metric low_cpu_mem_usage max_batch_delay max_idle_time max_input_len
     max_lora_rank max_loras max_num_tokens max_rolling_batch_prefill_tokens max_tokens maxworkers
     metric_dimension minworkers model_id_or_path model_loading_timeout model_name model_url
-    model_version modelname mpi_mode output_formatter parallel_loading predict_timeout
-    pythonexecutable request_tracking_id requestid retry_threshold rolling_batch
-    save_mp_checkpoint_path speculative_draft_model task tgi_compat tokenizer tokenizer_revision
+    model_version modelname mpi_mode output_formatter parallel_loading partition_handler
+    predict_timeout pythonexecutable request_tracking_id requestid retry_threshold rolling_batch
+    speculative_draft_model task tgi_compat tokenizer tokenizer_revision
     use_passive_workers waiting_steps
     """.split()
 )

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from handler.bad_words import bad_word_ids
 from handler.continuation import Continuation, TopToken
 from handler.errors import RequestError, shown
+from handler.guided import Guide
 from handler.parameters import GenerationParameters
 
 if TYPE_CHECKING:
@@ -93,12 +95,14 @@ class TokenEvent:
     """One step of a stream. ``text`` may be empty: a token that only begins a character or word.
 
     The last event carries the whole ``result``. None: what the engine does not tell.
+    ``top_tokens`` as in GenerationResult.
     """
 
     text: str
     token_id: int | None
     log_prob: float | None
     result: GenerationResult | None = None
+    top_tokens: tuple[TopToken, ...] = ()
 
 
 @dataclass
@@ -116,7 +120,8 @@ class Generation:
     """One request on its way through an engine: its prompt, its texts so far, its future.
 
     The engine's thread alone calls ``append``, ``append_text``, ``finish`` and ``started``; anyone
-    may cancel ``future``. forced: tokens that are to be scored, in place of a choice.
+    may cancel ``future``. forced: tokens that are to be scored, in place of a choice; guide: the
+    form that its texts must have.
     """
 
     def __init__(
@@ -128,13 +133,16 @@ class Generation:
         truncated: bool = False,
         forced: Sequence[int] = (),
         encoding: SharedEncoding | None = None,
+        guide: Guide | None = None,
         on_event: Callable[[TokenEvent], None] | None = None,
     ) -> None:
         self.parameters = request.parameters
         self.prompt = request.input
+        self.bad_words = bad_word_ids(self.parameters.bad_words_list, tokenizer)
         self.prompt_ids = list(prompt_ids)
         self.forced = forced
         self.encoding = encoding
+        self.guide = guide
         self.input_cached = False
         self.future: Future[GenerationResult] = Future()
         self.continuation = Continuation(
@@ -169,30 +177,40 @@ class Generation:
     ) -> bool:
         """Take the next token of its one text; True when it was the last one.
 
-        A log-probability of NaN fails the generation; None is one that the engine does not tell.
+        A log-probability of NaN or -inf fails the generation: there was no token to choose. None
+        is one that the engine does not tell.
         """
         if log_prob is not None and math.isnan(log_prob):
             self.fail(not_a_number())
             return True
+        if log_prob == -math.inf:
+            self.fail(nothing_left(len(self.token_ids)))
+            return True
         self.continuation.append(token_id, log_prob, top_tokens)
-        return self._went_on(token_id, log_prob)
+        return self._went_on(token_id, log_prob, top_tokens)
 
     def append_text(self, text: str, *, last: bool) -> bool:
         """Take text from an engine that tells no tokens; True when it was the end."""
         self.continuation.append_text(text, last=last)
         return self._went_on(None, None)
 
-    def _went_on(self, token_id: int | None, log_prob: float | None) -> bool:
+    def _went_on(
+        self,
+        token_id: int | None,
+        log_prob: float | None,
+        top_tokens: tuple[TopToken, ...] = (),
+    ) -> bool:
         """Tell who listens; True, and resolved, when this was the end."""
         continuation = self.continuation
         if continuation.finish_reason is None:
             if self._on_event is not None:
-                self._on_event(TokenEvent(continuation.unsent(), token_id, log_prob))
+                text = continuation.unsent()
+                self._on_event(TokenEvent(text, token_id, log_prob, None, top_tokens))
             return False
         result = self._result(continuation)
         if self._on_event is not None:
             rest = continuation.rest(result.text)
-            self._on_event(TokenEvent(rest, token_id, log_prob, result))
+            self._on_event(TokenEvent(rest, token_id, log_prob, result, top_tokens))
         self._resolve(result)
         return True
 
@@ -235,4 +253,11 @@ def not_a_number() -> RequestError:
         "the model computed numbers that are none for this input; set option.dtype to bf16 or "
         "fp32, or check its weights",
         424,
+    )
+
+
+def nothing_left(count: int) -> RequestError:
+    return RequestError(
+        f"the parameters forbid every token after {count}: relax bad_words_list, "
+        "no_repeat_ngram_size, min_new_tokens or the text's form, or ask for fewer max_new_tokens"
     )

@@ -20,6 +20,7 @@ from handler.generation import (
     TokenEvent,
     checked_text,
 )
+from handler.guided import Guides
 from handler.parameters import (
     MAX_SEED,
     GenerationParameters,
@@ -29,6 +30,9 @@ from handler.parameters import (
     parse_parameters,
 )
 from handler.runner import Runner
+
+# What a stream has besides those of its runner.
+SUPPORTED_PARAMETERS = frozenset({"stream"})
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that the draws of a request have seeds that differ
 _SHORT_TEXT = 32_768  # characters that are tokenized whatever the limit
@@ -52,6 +56,7 @@ class Model:
         self.tokenizer = runner.tokenizer
         self.limits = ParameterLimits(max_input_tokens, max_output_tokens, runner.max_rows)
         self._runner = runner
+        self._guides = Guides(runner.tokenizer)
 
     @property
     def waiting(self) -> int:
@@ -95,19 +100,34 @@ class Model:
         Closing the iterator cancels the request. Raises RequestError.
         """
         events: queue.SimpleQueue[TokenEvent | None] = queue.SimpleQueue()
-        if request.parameters.num_beams > 1:
-            raise RequestError(
-                "a stream needs num_beams 1 (beams change their beginnings), got "
-                f"{request.parameters.num_beams}"
-            )
-        (generation,) = self._generations(request, on_event=events.put)
-        generation.future.add_done_callback(lambda _: events.put(None))
-        self._runner.submit([generation])
-        self._runner.run_submitted()
-        stream = _stream(events, generation.future)
+        future = self.submit_stream(request, events.put)
+        stream = _stream(events, future)
         # A generator that was never begun runs none of its code when it is closed.
-        weakref.finalize(stream, generation.future.cancel)
+        weakref.finalize(stream, future.cancel)
         return stream
+
+    def submit_stream(
+        self, request: GenerationRequest, on_event: Callable[[TokenEvent | None], None]
+    ) -> Future[GenerationResult]:
+        """Queue a request without waiting; cancelling the future frees its row.
+
+        on_event: called by the engine's thread with each token, and with None at the end, which
+        is all that comes where the generation fails; the future tells why. Raises RequestError.
+        """
+        p = request.parameters
+        if p.num_beams > 1:
+            raise RequestError(
+                f"a stream needs num_beams 1 (beams change their beginnings), got {p.num_beams}"
+            )
+        if p.num_return_sequences > 1:
+            raise RequestError(
+                f"a stream has one text, got num_return_sequences {p.num_return_sequences}"
+            )
+        (generation,) = self._generations(request, on_event=on_event)
+        generation.future.add_done_callback(lambda _: on_event(None))
+        self._runner.submit([generation])
+        self.run_submitted()
+        return generation.future
 
     def score(self, requests: list[ScoreRequest]) -> list[list[GenerationResult]]:
         """For each request and each of its targets, in their order: the target's tokens with their
@@ -171,6 +191,7 @@ class Model:
                 truncated=len(kept) < len(ids),
                 forced=forced,
                 encoding=encoding,
+                guide=self._guides.of(one.parameters),
                 on_event=on_event,
             )
             for one, forced in wanted
@@ -206,7 +227,9 @@ class Model:
             raise RequestError(
                 f"backend {self.backend} scores no given texts; set option.backend=onnxruntime"
             )
-        honoured = self._runner.supported_parameters | ({"stream"} if streams else set())
+        honoured = self._runner.supported_parameters
+        if streams:
+            honoured |= SUPPORTED_PARAMETERS
         if parameters.num_beams == 1:  # several draws are several generations
             honoured |= {"num_return_sequences"}
         for name in parameters_in_use(parameters):

@@ -1,4 +1,4 @@
-"""What this process may use of the machine: CPUs, memory, GPUs."""
+"""What this process may use of the machine: CPUs, memory, GPUs, a place on disk."""
 
 from __future__ import annotations
 
@@ -52,6 +52,17 @@ def gpu_is_there() -> bool:
     except ImportError:
         return False
     return torch.cuda.is_available()
+
+
+def users_cache() -> Path | None:
+    """The folder for what can be made or fetched again, which may not exist yet.
+
+    None: a user without a home, as containers run under any user id have it.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "djl-t5-handler"
+    except RuntimeError:
+        return None
 
 
 def _quota_v2(cgroup: Path) -> float | None:

@@ -13,3 +13,8 @@ if TYPE_CHECKING:
 def handle(inputs: Input) -> Any:
     """Answer one call of DJLServing, sync, batched or async; the empty first call loads."""
     return service.handle(inputs)
+
+
+def partition(inputs: Input) -> Any:
+    """Partition the checkpoint, as DJLServing's partition command asks."""
+    return service.partition(inputs)

@@ -63,6 +63,22 @@ def truncate(value: Any) -> bool | int:
         raise Refused("true, false or the most input tokens to keep (an integer >= 1)") from None
 
 
+def text(value: Any) -> str:
+    if not isinstance(value, str) or not _is_text(value):
+        raise Refused("a string that is not empty")
+    return value
+
+
+def texts(value: Any) -> tuple[str, ...]:
+    """A list of different strings."""
+    is_list = isinstance(value, (list, tuple)) and 0 < len(value) <= _MOST_SEQUENCES
+    if not is_list or not all(isinstance(one, str) and one.strip() for one in value):
+        raise Refused(f"a list of 1 to {_MOST_SEQUENCES} strings that are not blank")
+    if len({one.strip() for one in value}) < len(value) or not all(map(_is_text, value)):
+        raise Refused("a list of different strings")
+    return tuple(value)
+
+
 def sequences(value: Any) -> tuple[StopSequence, ...]:
     """A string, strings, or FasterTransformer's pair of arrays [ids, end offsets padded with -1].
 

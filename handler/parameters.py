@@ -21,6 +21,8 @@ from handler.parameter_checks import (
     integer,
     number,
     sequences,
+    text,
+    texts,
     truncate,
 )
 
@@ -194,6 +196,23 @@ class GenerationParameters:
         example=["foo"],
         aliases=("bad_words",),
     )
+    regex: str | None = _parameter(
+        None,
+        text,
+        "The whole text matches this regular expression (Rust's syntax, without look-around and "
+        "back references).",
+        allowed="a regular expression of up to 2000 characters",
+        example="[0-9]{4}-[0-9]{2}",
+        aliases=("guided_regex",),
+    )
+    choices: tuple[str, ...] = _parameter(
+        (),
+        texts,
+        "The text is one of these. To score given answers instead, send choices beside inputs.",
+        allowed="a list of up to 256 different strings",
+        example=["yes", "no"],
+        aliases=("guided_choice",),
+    )
     details: bool = _parameter(
         False,
         boolean,
@@ -277,6 +296,10 @@ _CANONICAL = {
 }
 
 
+# What other servers' clients may send. null and false ask for nothing, so they pass.
+NOT_OFFERED = ("adapter_id", "decoder_input_details", "grammar", "watermark")
+
+
 def parse_parameters(
     raw: Mapping[str, Any], limits: ParameterLimits = ParameterLimits()
 ) -> GenerationParameters:
@@ -306,6 +329,10 @@ def _by_canonical_name(raw: Mapping[str, Any]) -> dict[str, Any]:
     sent_as: dict[str, str] = {}
     for accepted, value in raw.items():
         name = _CANONICAL.get(accepted)
+        if accepted in NOT_OFFERED:
+            if value is None or value is False:
+                continue
+            raise RequestError(f"parameter {accepted!r} is not supported; leave it out")
         if name is None:
             hint = nearest(accepted, _CANONICAL)
             advice = f"; did you mean {hint!r}?" if hint else f"; known are {', '.join(PARAMETERS)}"
@@ -370,10 +397,14 @@ def _check_together(p: GenerationParameters) -> None:
             f"({p.num_beams}) unless the request samples without beams, got "
             f"{p.num_return_sequences}"
         )
-    if p.stream and p.num_beams > 1:
-        raise RequestError(
-            f"parameter 'stream' must be false with num_beams > 1, got num_beams {p.num_beams}"
-        )
+    if p.regex is not None and p.choices:
+        raise RequestError("parameters 'regex' and 'choices' are both there; send one of them")
+    for name in ("num_beams", "num_return_sequences"):
+        value = getattr(p, name)
+        if p.stream and value > 1:
+            raise RequestError(
+                f"parameter 'stream' must be false with {name} > 1, got {name} {value}"
+            )
 
 
 def parameters_in_use(parameters: GenerationParameters) -> list[str]:

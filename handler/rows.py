@@ -9,8 +9,16 @@ import numpy as np
 
 from handler.beams import BeamSearch, largest
 from handler.continuation import TopToken
-from handler.generation import Generation, not_a_number
-from handler.sampling import Floats, RowSampling, choose_tokens, gumbel, log_softmax, process
+from handler.generation import Generation, not_a_number, nothing_left
+from handler.sampling import (
+    Floats,
+    RowSampling,
+    choose_tokens,
+    gumbel,
+    log_softmax,
+    process,
+    warp,
+)
 
 if TYPE_CHECKING:
     from handler.engines.protocol import StepEngine
@@ -29,7 +37,8 @@ class Row:
         self.token = token
         self.search = search
         self.beam = beam
-        self.sampling = RowSampling(generation.parameters)
+        guide = generation.guide and generation.guide.fork()
+        self.sampling = RowSampling(generation.parameters, token, generation.bad_words, guide)
 
     @property
     def position(self) -> int:
@@ -116,14 +125,20 @@ def _advance(
     scores = log_probs.copy()
     scores[:, tokenizer.size :] = -np.inf
     process(scores, samplings, [step] * len(rows), tokenizer.eos_token_id)
-    noise = gumbel(samplings[0], step, scores.shape) if generation.parameters.samples else None
+    noise = None
+    if generation.parameters.samples:
+        scores = warp(scores, samplings)
+        noise = gumbel(samplings[0], step, scores.shape)
     chosen = search.advance(log_probs, scores, noise)
     if chosen is None:
+        if not search.best:
+            raise nothing_left(step)
         generation.finish(search.best)
         return
     engine.reorder(places, [places[parent] for parent in chosen.parents])
     for row, token, parent in zip(rows, chosen.tokens, chosen.parents):
         row.token, row.sampling = token, samplings[parent].fork()
+        row.sampling.append(token)
 
 
 def _top_tokens(row: Row, logits: Floats) -> tuple[TopToken, ...]:

@@ -1,45 +1,84 @@
-"""Logits -> next tokens, each row by its own parameters.
+"""Logits -> next tokens, each row by its own parameters: docs/sampling.md.
 
-The order of the filters and their formulas are those of transformers' logits processors:
-temperature, top_k, top_p. Random numbers are counter-based, keyed by the request's seed and the
-step: they do not depend on what else is in the batch.
+Order and formulas are those of transformers' logits processors. A draw takes the first token, in
+the vocabulary's order, whose cumulative probability exceeds the row's number for this step.
+
+A row's token and log-probability do not depend, bit for bit, on the rows beside it: sums run along
+contiguous rows of one fixed length, or one element after the other where rows are padded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 import numpy.typing as npt
 
+from handler.guided import Guide
+from handler.history import History
 from handler.parameters import GenerationParameters, random_seed
+from handler.token_filters import best_tokens, draw_among_all, draw_among_few, keep
 
 Floats = npt.NDArray[np.float32]
+Places = npt.NDArray[np.int64]
 
-
-# Candidates that are sorted first where top_p cuts the tail off; mostly they suffice.
-_LIKELY = 256
+_NUMBERS = 64  # of one row that are made at a time; Philox makes 4 for each count
+_FAR = 60.0  # exp of what is nearer to 0 keeps its precision in fp32, and so does a sum of them
 
 
 class RowSampling:
-    """How one row's tokens are chosen: its parameters and its seed."""
+    """How one row's tokens are chosen: its parameters, its seed, and its tokens so far.
 
-    def __init__(self, parameters: GenerationParameters) -> None:
-        self.parameters = parameters
-        self.seed = random_seed() if parameters.seed is None else parameters.seed
+    start_token: what the decoder reads first, which transformers' penalties count as generated.
+    bad_words: sequences of ids that are never completed. guide: the form that the text must have.
+    """
+
+    def __init__(
+        self,
+        parameters: GenerationParameters,
+        start_token: int = 0,
+        bad_words: Sequence[Sequence[int]] = (),
+        guide: Guide | None = None,
+    ) -> None:
+        p = self.parameters = parameters
+        self.seed = random_seed() if p.seed is None else p.seed
+        self.penalizes = (
+            p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
+        )
+        self.history = (
+            History(p, start_token, bad_words)
+            if self.penalizes or p.no_repeat_ngram_size or bad_words
+            else None
+        )
+        self.guide = guide
+        self._numbers: tuple[int, list[float]] = (-1, [])
+
+    def append(self, token: int) -> None:
+        """The row's next token is this one."""
+        if self.history is not None:
+            self.history.append(token)
+        if self.guide is not None:
+            self.guide.append(token)
+
+    def fork(self) -> RowSampling:
+        """A copy that goes on by itself."""
+        other = copy(self)
+        other.history = self.history and self.history.fork()
+        other.guide = self.guide and self.guide.fork()
+        return other
 
     def ends_not_yet(self, step: int) -> bool:
         """Whether the end of the text must not be chosen at this step."""
         return self.parameters.ignore_eos_token or step < self.parameters.min_new_tokens
 
-    def fork(self) -> RowSampling:
-        """A copy that goes on by itself."""
-        return self
-
     def uniform(self, step: int) -> float:
-        """A number from [0, 1) for this step."""
-        bits = np.random.Philox(key=self.seed, counter=step)
-        return float(np.random.Generator(bits).random())
+        """A number from [0, 1) that the seed and the step decide."""
+        part, place = divmod(step, _NUMBERS)
+        if self._numbers[0] != part:
+            bits = np.random.Philox(key=self.seed, counter=part * _NUMBERS // 4)
+            self._numbers = part, np.random.Generator(bits).random(_NUMBERS).tolist()
+        return self._numbers[1][place]
 
 
 def choose_tokens(
@@ -49,34 +88,108 @@ def choose_tokens(
     eos_token_id: int,
     tokens_in_use: int | None = None,
 ) -> tuple[list[int], list[float]]:
-    """The next token of each row and its log-probability before any filter.
+    """The next token of each row and its log-probability before any penalty or filter.
 
     logits: [rows, vocabulary], overwritten; steps: how many tokens each row has generated;
-    tokens_in_use: ids from here on are the vocabulary's padding.
+    tokens_in_use: ids from here on are the vocabulary's padding. Each row is told its token. A
+    log-probability of NaN says that the row's logits were no numbers, one of -inf that its
+    parameters forbid every token.
     """
-    best = logits.max(-1, keepdims=True)
-    normalizer = best[:, 0] + np.log(np.exp(logits - best).sum(-1))
-    if tokens_in_use is not None:
-        logits[:, tokens_in_use:] = -np.inf
-    for row, (sampling, step) in enumerate(zip(rows, steps)):
-        if sampling.ends_not_yet(step):
-            logits[row, eos_token_id] = -np.inf
+    logits = np.ascontiguousarray(logits)
     tokens = logits.argmax(-1)
-    for row, (sampling, step) in enumerate(zip(rows, steps)):
-        if sampling.parameters.samples:
-            tokens[row] = _sample(logits[row], sampling.parameters, sampling.uniform(step))
-    chosen = logits[np.arange(len(rows)), tokens]
-    return tokens.tolist(), (chosen - normalizer).tolist()
+    every = np.arange(len(rows))
+    best = logits[every, tokens]
+    padding = logits[:, len(logits[0]) if tokens_in_use is None else tokens_in_use :]
+    hidden = padding.copy()
+    padding[:] = -np.inf
+    for row in np.flatnonzero(tokens >= len(logits[0]) - len(hidden[0])).tolist():
+        tokens[row] = logits[row].argmax()
+    allowed = logits[every, tokens]
+    changes = process(logits, rows, steps, eos_token_id)
+    for row in changes.rows:
+        tokens[row] = logits[row].argmax()
+        allowed[row] = logits[row, tokens[row]]
+    drawing = [
+        row
+        for row, possible in enumerate(np.isfinite(allowed).tolist())
+        if possible and rows[row].parameters.samples
+    ]
+    if drawing:
+        tokens[drawing] = _draw(logits, rows, steps, drawing)
+    changes.undo(logits)
+    padding[:] = hidden
+    chosen = logits[every, tokens].astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):  # logits that are no numbers
+        log_probs = np.minimum(chosen - _log_sums(logits, best), 0.0)
+    log_probs[(allowed == -np.inf) & np.isfinite(best)] = -np.inf
+    picked: list[int] = tokens.tolist()
+    for sampling, token in zip(rows, picked):
+        sampling.append(token)
+    return picked, log_probs.tolist()
+
+
+class Changes:
+    """Which rows' scores were changed, and what stood there before."""
+
+    def __init__(self, rows: Sequence[int], places: Places, before: Floats) -> None:
+        self.rows = rows
+        self._places = places
+        self._before = before
+
+    def undo(self, scores: Floats) -> None:
+        scores.reshape(-1)[self._places] = self._before
 
 
 def process(
     scores: Floats, rows: Sequence[RowSampling], steps: Sequence[int], eos_token_id: int
-) -> Floats:
-    """Scores [rows, vocabulary] after the rows' processors, in place."""
-    for row, (sampling, step) in enumerate(zip(rows, steps)):
-        if sampling.ends_not_yet(step):
-            scores[row, eos_token_id] = -np.inf
-    return scores
+) -> Changes:
+    """Penalties, n-grams, bad words, the least length and the text's form, in place, in
+    transformers' order.
+
+    scores: contiguous [rows, vocabulary], logits or, for beams, log-probabilities.
+    """
+    size = scores.shape[-1]
+    ending = [row for row, step in enumerate(steps) if rows[row].ends_not_yet(step)]
+    remembering = [row for row, sampling in enumerate(rows) if sampling.history is not None]
+    guided = [row for row, sampling in enumerate(rows) if sampling.guide is not None]
+    if not ending and not remembering and not guided:
+        return Changes([], np.zeros(0, np.int64), np.zeros(0, np.float32))
+    forbidden = [row * size + eos_token_id for row in ending]
+    parts = []
+    for row in remembering:
+        history = rows[row].history
+        assert history is not None
+        forbidden += [row * size + token for token in history.forbidden()]
+        if len(history.always_forbidden):
+            parts.append(history.always_forbidden + row * size)
+    for row in guided:
+        guide = rows[row].guide
+        assert guide is not None
+        other = np.ones(size, np.bool_)
+        other[guide.allowed()] = False
+        parts.append(np.flatnonzero(other) + row * size)
+    banned = np.concatenate([np.array(forbidden, np.int64), *parts])
+    penalized, counts, penalties = _penalties(rows, remembering, size)
+    places = np.concatenate([penalized, banned])
+    flat = scores.reshape(-1)
+    before = flat[places]
+    if len(penalized):
+        flat[penalized] = _penalized(before[: len(penalized)], counts, penalties)
+    flat[banned] = -np.inf
+    return Changes(sorted({*ending, *remembering, *guided}), places, before)
+
+
+def warp(scores: Floats, rows: Sequence[RowSampling]) -> Floats:
+    """[rows, vocabulary]: temperature, top_k, top_p and typical_p of beams that are drawn.
+
+    What is filtered out is -inf. As in transformers, at least two tokens of a beam stay: one of
+    them may be the end of the text.
+    """
+    top_k, values = _filters(rows)
+    warped: Floats = scores / values[0].astype(np.float32)[:, None]
+    if top_k.any() or values[1:].any():
+        warped[~keep(warped.astype(np.float64), top_k, values[1], values[2], least=2)] = -np.inf
+    return warped
 
 
 def log_softmax(logits: Floats) -> Floats:
@@ -88,46 +201,68 @@ def log_softmax(logits: Floats) -> Floats:
 
 def gumbel(row: RowSampling, step: int, shape: tuple[int, ...]) -> Floats:
     """Gumbel noise for this step: argmax of log-probabilities plus it is a draw of them."""
-    bits = np.random.Generator(np.random.Philox(key=row.seed, counter=step))
+    # far apart: the generator counts up from there as it goes on
+    bits = np.random.Generator(np.random.Philox(key=row.seed, counter=(step + 1) << 64))
     noise: Floats = -np.log(-np.log(bits.random(shape, np.float32).clip(1e-20, None)))
     return noise
 
 
-def _sample(logits: Floats, p: GenerationParameters, uniform: float) -> int:
-    """Draw one token: the first whose cumulative probability exceeds ``uniform``."""
-    tokens, scores = _top_k(logits / np.float32(p.temperature), p.top_k)
-    probabilities = np.exp(scores.astype(np.float64) - scores.max())
-    if 0.0 < p.top_p < 1.0:
-        kept = _top_p(probabilities, p.top_p)
-        tokens, probabilities = tokens[kept], probabilities[kept]
-    cumulative = probabilities.cumsum()
-    drawn = int(cumulative.searchsorted(uniform * cumulative[-1], side="right"))
-    return int(tokens[min(drawn, len(tokens) - 1)])
+def _penalties(
+    rows: Sequence[RowSampling], remembering: Sequence[int], size: int
+) -> tuple[Places, Floats, Floats]:
+    """Places in the flat scores, how often each was generated, and its row's three penalties."""
+    places, counts, penalties = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)], []
+    for row in remembering:
+        history, p = rows[row].history, rows[row].parameters
+        if history is not None and rows[row].penalizes:
+            tokens, generated = history.counts()
+            places.append(tokens + row * size)
+            counts.append(generated)
+            penalties.append((p.repetition_penalty, p.presence_penalty, p.frequency_penalty))
+    lengths = [len(part) for part in places[1:]]
+    by_row = np.array(penalties, np.float32).reshape(-1, 3)
+    return np.concatenate(places), np.concatenate(counts), np.repeat(by_row, lengths, axis=0)
 
 
-def _top_k(scores: Floats, k: int) -> tuple[npt.NDArray[np.intp], Floats]:
-    """(tokens, scores) of the k best in the vocabulary's order; equals of the last one stay."""
-    if not 0 < k < len(scores):
-        return np.arange(len(scores)), scores
-    least = np.partition(scores, -k)[-k]
-    tokens = np.flatnonzero(scores >= least)
-    return tokens, scores[tokens]
+def _penalized(scores: Floats, counts: Floats, penalties: Floats) -> Floats:
+    """Repetition as transformers (CTRL, arXiv 1909.05858), then frequency and presence as OpenAI's
+    API and vLLM define them. scores, counts: [places]; penalties: [places, 3]."""
+    repetition, presence, frequency = penalties.T
+    scores = np.where(scores < 0, scores * repetition, scores / repetition)
+    scores -= frequency * counts
+    scores -= presence * (counts > 0)
+    return scores
 
 
-def _top_p(weights: npt.NDArray[np.float64], p: float) -> npt.NDArray[np.intp]:
-    """Places of the fewest largest weights whose share reaches p, in ascending order of place.
+def _draw(
+    logits: Floats, rows: Sequence[RowSampling], steps: Sequence[int], drawing: Sequence[int]
+) -> Places:
+    """One token for each of the rows ``drawing``."""
+    top_k, values = _filters([rows[row] for row in drawing])
+    numbers = np.array([rows[row].uniform(steps[row]) for row in drawing])
+    logits = logits if len(drawing) == len(logits) else logits[drawing]
+    few, best, scores = best_tokens(logits, top_k)
+    tokens = np.empty(len(drawing), np.int64)
+    if len(few):
+        tokens[few] = draw_among_few(best, scores, top_k[few], values[:, few], numbers[few])
+    if len(few) < len(drawing):
+        rest = np.setdiff1d(np.arange(len(drawing)), few)
+        tokens[rest] = draw_among_all(logits[rest], top_k[rest], values[:, rest], numbers[rest])
+    return tokens
 
-    A weight stays if those larger hold less than p; of equal ones the first places come first.
-    """
-    reach = p * weights.sum()
-    candidates = weights
-    if len(weights) > _LIKELY:
-        likely = np.partition(weights, -_LIKELY)[-_LIKELY:]
-        candidates = likely if likely.sum() >= reach else weights
-    descending = np.sort(candidates)[::-1]
-    before = descending.cumsum() - descending
-    count = int(before.searchsorted(reach))
-    least = descending[max(count, 1) - 1]
-    above = np.flatnonzero(weights > least)
-    equal = np.flatnonzero(weights == least)[: max(count, 1) - len(above)]
-    return np.sort(np.concatenate([above, equal]))
+
+def _filters(rows: Sequence[RowSampling]) -> tuple[Places, npt.NDArray[np.float64]]:
+    """top_k of each row, and [3, rows]: temperature, top_p and typical_p."""
+    parameters = [row.parameters for row in rows]
+    values = [(p.temperature, p.top_p, p.typical_p) for p in parameters]
+    return np.array([p.top_k for p in parameters]), np.array(values).T
+
+
+def _log_sums(logits: Floats, best: Floats) -> npt.NDArray[np.float64]:
+    """log(sum(exp)) of each row; ``logits`` are overwritten."""
+    shifts = np.where(np.abs(best) < _FAR, np.float32(0.0), best)
+    for row in np.flatnonzero(shifts):
+        logits[row] -= shifts[row]
+    np.exp(logits, out=logits)
+    sums: npt.NDArray[np.float64] = np.log(logits.sum(-1).astype(np.float64)) + shifts
+    return sums

@@ -32,9 +32,10 @@ _GATHER_SECONDS = 0.5
 
 SUPPORTED_PARAMETERS = frozenset(
     """
-    max_new_tokens min_new_tokens do_sample temperature top_k top_p num_beams length_penalty
-    early_stopping num_return_sequences seed stop_sequences details return_log_probs top_n_tokens
-    return_full_text truncate ignore_eos_token
+    max_new_tokens min_new_tokens do_sample temperature top_k top_p typical_p num_beams
+    length_penalty early_stopping num_return_sequences seed repetition_penalty presence_penalty
+    frequency_penalty no_repeat_ngram_size stop_sequences bad_words_list regex choices details
+    return_log_probs top_n_tokens return_full_text truncate ignore_eos_token
     """.split()
 )
 

@@ -6,28 +6,28 @@ import asyncio
 import importlib.util
 import logging
 import os
-import re
 import threading
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
+from handler.checkpoints.partition import partition_as_told
 from handler.config import Configuration, read_configuration, without_djls_own
+from handler.djl_input import accept_of, batched_bodies, body_of
+from handler.djl_output import to_async_output, to_async_outputs, to_batch_output, to_output
 from handler.engines import Model, load_model
 from handler.errors import LoadError, RequestError
-from handler.generation import GenerationResult
+from handler.generation import GenerationRequest, GenerationResult, TokenEvent
 from handler.ranks import end_job, world_of
-from handler.request_parsing import ParsedRequest, parse_request
-from handler.responses import (
-    Reply,
-    error_reply,
-    reply,
-    to_async_output,
-    to_batch_output,
-    to_output,
-)
+from handler.request_parsing import parse_body
+from handler.responses import Reply, StreamReply, error_reply, reply, stream_reply
+from handler.schemas import recognized, schema_before_reading
+from handler.schemas.protocol import Deployment, ParsedRequest, Schema, StreamWriter
+from handler.streaming import AsyncEvents, AsyncStream, BlockingEvents, BlockingStream, Deadline
 
 if TYPE_CHECKING:
     from djl_python.inputs import Input
@@ -35,18 +35,34 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# DJL's dynamic batch: batch_000.data, before 0.21 batch_0.data. Three digits are DJL's own limit,
-# and keep small what is made of a client's form whose fields have such names.
-_BATCH_KEY = re.compile(r"batch_(\d{1,3})\.")
-_LARGEST_BATCH = 1000
 # How long a rank that could not load lets DJL read why, before it ends the job.
 _FAREWELL_SECONDS = 5.0
 # Reading and tokenizing a longer body takes long enough to hold up an event loop.
 _LONG_BODY = 32_768
+# And so does making the first guide of a large vocabulary.
+_REGEX, _GRAMMAR = b"regex", b"grammar"
+# Writing a longer answer does, too.
+_LONG_ANSWER = 5_000  # tokens
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a client says of its answer besides its body.
+
+    accept: its header of that name. route: the schema of the route it came by, or ``root``; None
+    where option.response_schema holds. streams: the route streams whatever the body says.
+    """
+
+    accept: str = ""
+    route: str | None = None
+    streams: bool = False
 
 
 @dataclass(frozen=True)
 class _Submitted:
+    schema: Schema
     request: ParsedRequest
     futures: list[Future[GenerationResult]]
 
@@ -60,6 +76,8 @@ class Service:
         self._first_call_came = False
         self._load_failure: Exception | None = None
         self.configuration = Configuration()
+        self.model_name = "model"
+        self.loaded_at = 0  # seconds since 1970
 
     @property
     def model(self) -> Model:
@@ -68,13 +86,19 @@ class Service:
             raise LoadError(str(self._load_failure))
         return self._model or self.load(read_configuration(environment=os.environ))
 
-    def load(self, configuration: Configuration) -> Model:
-        """Load the model; without effect once there is one. Raises LoadError."""
+    def load(self, configuration: Configuration, name: str | None = None) -> Model:
+        """Load the model; without effect once there is one. Raises LoadError.
+
+        name: what answers call the model; else its folder's.
+        """
         with self._loading:
             if self._model is None:
                 start = time.monotonic()
                 self._model = load_model(configuration)
                 self.configuration = configuration
+                place = configuration.model_id or configuration.model_dir or ""
+                self.model_name = name or Path(place).name or self.model_name
+                self.loaded_at = int(time.time())
                 logger.info("model loaded in %.1f s", time.monotonic() - start)
             return self._model
 
@@ -87,8 +111,11 @@ class Service:
 
     # DJL's front doors
 
-    def handle(self, inputs: Input) -> Output | Awaitable[Output | None] | None:
-        """What DJLServing calls: an Output, or in async mode a coroutine that gives one.
+    def handle(
+        self, inputs: Input
+    ) -> Output | Awaitable[Output | AsyncIterator[Output] | None] | None:
+        """What DJLServing calls: an Output, or in async mode a coroutine that gives one, or an
+        asynchronous generator of them.
 
         The empty first call loads the model and alone configures it. A later empty one is a
         client's: DJLServing makes it of an empty form.
@@ -96,13 +123,30 @@ class Service:
         in_async_mode = _event_loop_runs()
         if inputs.is_empty() and not self._first_call_came:
             self._load_as_told(inputs.get_properties(), in_async_mode)
-            return _nothing() if in_async_mode else None
+            return _immediately(None) if in_async_mode else None
         if in_async_mode:
             return self._handle_async(inputs)
-        bodies = _batched_bodies(inputs)
+        bodies = batched_bodies(inputs)
         if bodies is not None:
             return to_batch_output(self.answer_batch(bodies))
-        return to_output(self.answer(_body(inputs)))
+        return to_output(self.answer(body_of(inputs), Wanted(accept_of(inputs))))
+
+    def partition(self, inputs: Input) -> Output | Awaitable[Output] | None:
+        """What DJL's partition command calls, in a process of its own, with all properties.
+
+        In a worker DJL lets a client name the function that its request is for. Such a call has
+        come through the worker's socket, which gives it that name, and not as the first one.
+        """
+        if inputs.get_function_name() is None and not self._first_call_came and inputs.is_empty():
+            self._first_call_came = True
+            properties = without_djls_own(inputs.get_properties(), os.environ)
+            partition_as_told(read_configuration(properties=properties, environment=os.environ))
+            return None
+        refusal = error_reply(
+            schema_before_reading(self.configuration.response_schema, None),
+            RequestError("partition is not for requests; use the partition command"),
+        )
+        return _immediately(to_async_output(refusal)) if _event_loop_runs() else to_output(refusal)
 
     def _load_as_told(self, properties: Mapping[str, str], in_async_mode: bool) -> None:
         """Load by DJL's first call. Should it fail, DJL 0.20 sends requests all the same.
@@ -122,86 +166,150 @@ class Service:
                 end_job(world, error, after=_FAREWELL_SECONDS)
             raise
 
-    async def _handle_async(self, inputs: Input) -> Output:
-        return to_async_output(await self.answer_async(_body(inputs)))
+    async def _handle_async(self, inputs: Input) -> Output | AsyncIterator[Output]:
+        answer = await self.answer_async(body_of(inputs), Wanted(accept_of(inputs)))
+        return to_async_output(answer) if isinstance(answer, Reply) else to_async_outputs(answer)
 
     # The same without DJL
 
-    def answer(self, body: bytes) -> Reply:
-        """Answer one request, waiting for it."""
-        return self.answer_batch([body])[0]
-
-    def answer_batch(self, bodies: Sequence[bytes]) -> list[Reply]:
-        """Answer requests together, each by itself: one that is bad fails alone."""
-        deadline = time.monotonic() + self.configuration.request_timeout
-        submitted = [self._try_submit(body) for body in bodies]
-        if not all(isinstance(s, Reply) for s in submitted):
-            self.model.run_submitted()
-        return [
-            s if isinstance(s, Reply) else self._wait(s, deadline - time.monotonic())
-            for s in submitted
-        ]
-
-    async def answer_async(self, body: bytes) -> Reply:
-        """Answer one request; a cancelled call frees its rows."""
-        deadline = time.monotonic() + self.configuration.request_timeout
-        if len(body) > _LONG_BODY:
-            submitted = await asyncio.to_thread(self._try_submit, body)
-        else:
-            submitted = self._try_submit(body)
+    def answer(self, body: bytes, wanted: Wanted = Wanted()) -> Reply | StreamReply[BlockingStream]:
+        """Answer one request, waiting for it, or for the first token of a stream."""
+        deadline = Deadline(self.configuration.request_timeout)
+        events = BlockingEvents()
+        submitted = self._try_submit(body, wanted, events)
         if isinstance(submitted, Reply):
             return submitted
+        self.model.run_submitted()
+        if not submitted.request.parameters.stream:
+            return self._wait(submitted, deadline)
+        stream = BlockingStream(
+            events, submitted.futures[0], self._writer(submitted, wanted), deadline
+        )
+        try:
+            stream.open()
+        except RequestError as error:
+            stream.close()
+            return error_reply(submitted.schema, error)
+        return stream_reply(stream)
+
+    def answer_batch(self, bodies: Sequence[bytes]) -> list[Reply]:
+        """Answer requests together, each by itself: one that is bad, or a stream, fails alone."""
+        deadline = Deadline(self.configuration.request_timeout)
+        submitted = [self._try_submit(body, Wanted(), None) for body in bodies]
+        if not all(isinstance(s, Reply) for s in submitted):
+            self.model.run_submitted()
+        return [s if isinstance(s, Reply) else self._wait(s, deadline) for s in submitted]
+
+    async def answer_async(
+        self, body: bytes, wanted: Wanted = Wanted()
+    ) -> Reply | StreamReply[AsyncStream]:
+        """Answer one request, or await the first token of a stream; a cancelled call frees its
+        rows."""
+        deadline = Deadline(self.configuration.request_timeout)
+        events = AsyncEvents()
+        if len(body) > _LONG_BODY or _REGEX in body or _GRAMMAR in body:
+            submitted = await self._submit_off_the_loop(body, wanted, events)
+        else:
+            submitted = self._try_submit(body, wanted, events)
+        if isinstance(submitted, Reply):
+            return submitted
+        if not submitted.request.parameters.stream:
+            return await self._wait_async(submitted, deadline)
+        stream = AsyncStream(
+            events, submitted.futures[0], self._writer(submitted, wanted), deadline
+        )
+        try:
+            await stream.open()
+        except RequestError as error:
+            stream.close()
+            return error_reply(submitted.schema, error)
+        except BaseException:  # cancelled
+            stream.close()
+            raise
+        return stream_reply(stream)
+
+    async def _submit_off_the_loop(
+        self, body: bytes, wanted: Wanted, events: AsyncEvents
+    ) -> _Submitted | Reply:
+        """In a thread, which a cancelled call cannot stop: what it submits then is cancelled."""
+        work = asyncio.ensure_future(asyncio.to_thread(self._try_submit, body, wanted, events))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            work.add_done_callback(lambda done: _cancel(done.result()))
+            raise
+
+    def _try_submit(
+        self, body: bytes, wanted: Wanted, events: AsyncEvents | BlockingEvents | None
+    ) -> _Submitted | Reply:
+        """events: who reads a stream, None where nobody could."""
+        configured = self.configuration.response_schema
+        schema = schema_before_reading(configured, wanted.route)
+        try:
+            fields = parse_body(body)
+            schema = recognized(fields, configured, wanted.route)
+            request = schema.parse(
+                {**fields, "stream": True} if wanted.streams else fields, self._deployment()
+            )
+            if self.configuration.log_prompts:
+                logger.info("prompts %r", request.inputs)
+            return _Submitted(schema, request, self._submit(request, events))
+        except RequestError as error:
+            return error_reply(schema, error)
+        except Exception as error:  # DJL's async mode would lose the text of it
+            logger.exception("a request failed")
+            return error_reply(schema, error)
+
+    def _submit(
+        self, request: ParsedRequest, events: AsyncEvents | BlockingEvents | None
+    ) -> list[Future[GenerationResult]]:
+        if not request.parameters.stream:
+            return self.model.submit(request.prompts)
+        if events is None:
+            raise RequestError(
+                "parameter 'stream' must be false where DJLServing batches requests; set "
+                "batch_size=1 in serving.properties to stream"
+            )
+        (prompt,) = request.prompts
+        assert isinstance(prompt, GenerationRequest)  # what is scored has no 'stream'
+        put = events.put
+        on_event = partial(_log_and_put, put) if self.configuration.log_prompts else put
+        return [self.model.submit_stream(prompt, on_event)]
+
+    def _deployment(self) -> Deployment:
+        return Deployment(self.model.limits, self.configuration.prompt_template, self.model_name)
+
+    def _writer(self, submitted: _Submitted, wanted: Wanted) -> StreamWriter:
+        return submitted.schema.stream(submitted.request, self.model.tokenizer, wanted.accept)
+
+    def _wait(self, submitted: _Submitted, deadline: Deadline) -> Reply:
+        wait(submitted.futures, timeout=deadline.left, return_when="FIRST_EXCEPTION")
+        return self._collect(submitted, deadline)
+
+    async def _wait_async(self, submitted: _Submitted, deadline: Deadline) -> Reply:
         answers = [asyncio.wrap_future(future) for future in submitted.futures]
         try:
-            await asyncio.wait(
-                answers,
-                timeout=max(0.0, deadline - time.monotonic()),
-                return_when=asyncio.FIRST_EXCEPTION,
-            )
-            return self._collect(submitted)
+            await asyncio.wait(answers, timeout=deadline.left, return_when=asyncio.FIRST_EXCEPTION)
+            if _tokens_done(submitted) > _LONG_ANSWER:
+                return await asyncio.to_thread(self._collect, submitted, deadline)
+            return self._collect(submitted, deadline)
         finally:
             for answer in answers:  # and those that failed count as looked at
                 if not answer.cancel() and not answer.cancelled():
                     answer.exception()
 
-    def _try_submit(self, body: bytes) -> _Submitted | Reply:
-        try:
-            request = parse_request(body, self.model.limits)
-            prompts = request.generation_requests(self.configuration.prompt_template)
-            if self.configuration.log_prompts:
-                logger.info("prompts %r", request.inputs)
-            return _Submitted(request, self.model.submit(prompts))
-        except RequestError as error:
-            return error_reply(error)
-        except Exception as error:  # DJL's async mode would lose the text of it
-            logger.exception("a request failed")
-            return error_reply(error)
-
-    def _wait(self, submitted: _Submitted, seconds: float) -> Reply:
-        wait(submitted.futures, timeout=max(0.0, seconds), return_when="FIRST_EXCEPTION")
-        return self._collect(submitted)
-
-    def _collect(self, submitted: _Submitted) -> Reply:
+    def _collect(self, submitted: _Submitted, deadline: Deadline) -> Reply:
         """The answer if everything is done, the first error, or that time is up."""
         try:
             failed = [f for f in submitted.futures if f.done() and f.exception() is not None]
             if not failed and not all(future.done() for future in submitted.futures):
-                raise RequestError(
-                    f"not done after {self.configuration.request_timeout:g} s "
-                    "(option.request_timeout); ask for fewer tokens or raise it",
-                    504,
-                )
+                raise deadline.passed()
             results = [future.result() for future in failed or submitted.futures]
             if self.configuration.log_prompts:
                 logger.info("answers %r", [result.text for result in results])
-            return reply(
-                submitted.request,
-                results,
-                self.configuration.response_schema,
-                self.model.tokenizer,
-            )
+            return reply(submitted.schema, submitted.request, results, self.model.tokenizer)
         except RequestError as error:
-            return error_reply(error)
+            return error_reply(submitted.schema, error)
         finally:
             for future in submitted.futures:
                 future.cancel()
@@ -223,35 +331,22 @@ def _refuse_uneven_calls(properties: Mapping[str, str], in_async_mode: bool) -> 
         )
 
 
-def _body(inputs: Input) -> bytes:
-    return bytes(inputs.get_as_bytes() or b"")
+def _cancel(submitted: _Submitted | Reply) -> None:
+    if isinstance(submitted, _Submitted):
+        for future in submitted.futures:
+            future.cancel()
 
 
-def _batched_bodies(inputs: Input) -> list[bytes] | None:
-    """The bodies of DJL's dynamic batch, or None for a single request.
-
-    Recognized by the content's keys alone: ``batch_size`` is a property, and a client's header of
-    that name looks the same.
-    """
-    content: Any = inputs.get_content()
-    keys = [content.key_at(i) for i in range(content.size())]
-    matches = [_BATCH_KEY.match(key or "") for key in keys]
-    indices = [int(match.group(1)) for match in matches if match]
-    if not indices or len(indices) < len(keys):
-        return None
-    bodies: dict[int, bytes] = {}
-    for position, index in enumerate(indices):
-        if index not in bodies or keys[position].endswith(".data"):
-            bodies[index] = bytes(content.value_at(position))
-    size = max(max(indices) + 1, _told_batch_size(inputs))  # the last ones may have no content
-    return [bodies.get(index, b"") for index in range(size)]
+def _tokens_done(submitted: _Submitted) -> int:
+    futures = (f for f in submitted.futures if f.done() and not f.cancelled())
+    results = (future.result() for future in futures if future.exception() is None)
+    return sum(len(one.token_ids) for r in results for one in (r, *r.alternatives))
 
 
-def _told_batch_size(inputs: Input) -> int:
-    try:
-        return min(int(inputs.get_property("batch_size")), _LARGEST_BATCH)
-    except (TypeError, ValueError):
-        return 0
+def _log_and_put(put: Callable[[TokenEvent | None], None], event: TokenEvent | None) -> None:
+    if event is not None and event.result is not None:
+        logger.info("answers %r", [event.result.text])
+    put(event)
 
 
 def _event_loop_runs() -> bool:
@@ -262,8 +357,8 @@ def _event_loop_runs() -> bool:
     return True
 
 
-async def _nothing() -> None:
-    return None
+async def _immediately(value: _T) -> _T:
+    return value
 
 
 service = Service()

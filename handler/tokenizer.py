@@ -14,6 +14,9 @@ from handler.errors import LoadError
 
 logger = logging.getLogger(__name__)
 
+# Pieces for the bytes of a character that has none of its own
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_SPECIAL = re.compile(r"<.+>")
 _BYT5_SPECIAL = 3  # <pad>, </s>, <unk> come before the bytes
 
 
@@ -38,6 +41,10 @@ class Tokenizer(Protocol):
 
     def token(self, token_id: int) -> str:
         """The token as the vocabulary writes it, ``▁`` and all."""
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What the token adds to a text, in UTF-8; nothing for one that is in no text."""
         ...
 
     def detokenizer(self) -> Detokenizer: ...
@@ -77,7 +84,9 @@ class Detokenizer:
         return other
 
 
-class _Base:
+class TokenizerBase:
+    """What tokenizers make of their own ``encode_plain``, ``decode`` and ``token``."""
+
     size: int
     eos_token_id: int
     pad_token_id: int
@@ -88,11 +97,25 @@ class _Base:
     def encode_plain(self, text: str) -> list[int]:
         raise NotImplementedError
 
+    def token(self, token_id: int) -> str:
+        raise NotImplementedError
+
+    def decode(self, ids: Sequence[int]) -> str:
+        raise NotImplementedError
+
+    def token_bytes(self, token_id: int) -> bytes:
+        name = self.token(token_id)
+        if byte := _BYTE.fullmatch(name):
+            return bytes([int(byte.group(1), 16)])
+        if _SPECIAL.fullmatch(name) and not self.decode([token_id]):
+            return b""
+        return name.replace("▁", " ").encode()
+
     def detokenizer(self: Any) -> Detokenizer:
         return Detokenizer(self)
 
 
-class JsonTokenizer(_Base):
+class JsonTokenizer(TokenizerBase):
     """tokenizer.json, by the tokenizers library."""
 
     def __init__(self, file: Path, eos_token: str = "</s>", pad_token: str = "<pad>") -> None:
@@ -133,7 +156,7 @@ class JsonTokenizer(_Base):
         return self._library.id_to_token(token_id) or ""
 
 
-class SentencePieceTokenizer(_Base):
+class SentencePieceTokenizer(TokenizerBase):
     """spiece.model alone, by the sentencepiece library, with T5's ``<extra_id_n>`` on top."""
 
     def __init__(self, file: Path, extra_ids: int | None, vocab_size: int) -> None:
@@ -175,7 +198,7 @@ class SentencePieceTokenizer(_Base):
         return str(self._library.id_to_piece(token_id)) if token_id < self.size else ""
 
 
-class ByteTokenizer(_Base):
+class ByteTokenizer(TokenizerBase):
     """ByT5's: a byte b of the UTF-8 text is the id b + 3; ``<extra_id_n>`` come after the bytes."""
 
     eos_token_id = 1
@@ -206,8 +229,11 @@ class ByteTokenizer(_Base):
         name = self._names.get(token_id)
         if name is not None:
             return name
+        return self.token_bytes(token_id).decode("latin-1")
+
+    def token_bytes(self, token_id: int) -> bytes:
         byte = token_id - _BYT5_SPECIAL
-        return bytes([byte]).decode("latin-1") if 0 <= byte < 256 else ""
+        return bytes([byte]) if 0 <= byte < 256 else b""
 
 
 def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:

@@ -13,6 +13,10 @@ def _parameters(value: object) -> bytes:
     return json.dumps({"inputs": "Write 7 in words.", "parameters": value}).encode()
 
 
+def _body(**fields: object) -> bytes:
+    return json.dumps(fields).encode()
+
+
 def _raw(parameter: str, value: str) -> bytes:
     """A value that json.dumps would not write."""
     return b'{"inputs": "x", "parameters": {"%s": %s}}' % (parameter.encode(), value.encode())
@@ -119,20 +123,26 @@ WRONG_PARAMETERS = [
     ("top_p above", _parameters({"top_p": 1.01}), "a number from 0 to 1, got 1.01"),
     ("top_p negative", _parameters({"top_p": -1}), "a number from 0 to 1"),
     ("typical_p above", _parameters({"typical_p": 2}), "a number from 0 to 1"),
+    ("typical_p text", _parameters({"typical_p": "0.9"}), "a number from 0 to 1, got '0.9'"),
     ("num_beams zero", _parameters({"num_beams": 0}), "an integer from 1"),
     ("num_beams above", _parameters({"beam_width": 17}), "at most 16 (option.max_rows), got 17"),
     ("length_penalty text", _parameters({"length_penalty": "1"}), "a number from -100 to 100"),
     ("early_stopping text", _parameters({"early_stopping": "always"}), 'true, false or "never"'),
     ("n without sampling", _parameters({"n": 2}), "at most num_beams (1) unless"),
     ("n above", _parameters({"n": 17, "do_sample": True}), "at most 16 (option.max_rows)"),
-    ("n not supported yet", _parameters({"n": 2, "temperature": 1}), "is not supported by backend"),
     ("seed negative", _parameters({"seed": -1}), "an integer from 0"),
     ("seed above", _parameters({"seed": 2**64}), "to 18446744073709551615"),
+    ("seed fraction", _parameters({"seed": 0.5}), "an integer from 0"),
     ("repetition_penalty zero", _parameters({"repetition_penalty": 0}), "a number above 0"),
+    ("repetition_penalty negative", _parameters({"repetition_penalty": -1.2}), "got -1.2"),
+    ("repetition_penalty above", _parameters({"repetition_penalty": 101}), "above 0, to 100"),
+    ("repetition_penalty list", _parameters({"repetition_penalty": [1.2]}), "got [1.2]"),
     ("presence_penalty above", _parameters({"presence_penalty": 3}), "from -2 to 2"),
-    ("presence_penalty", _parameters({"presence_penalty": 1}), "is not supported by backend"),
+    ("presence_penalty text", _parameters({"presence_penalty": "1"}), "from -2 to 2, got '1'"),
     ("frequency_penalty below", _parameters({"frequency_penalty": -3}), "from -2 to 2"),
+    ("frequency_penalty boolean", _parameters({"frequency_penalty": True}), "got True"),
     ("no_repeat_ngram_size", _parameters({"no_repeat_ngram_size": -1}), "an integer from 0"),
+    ("no_repeat_ngram_size half", _parameters({"no_repeat_ngram_size": 2.5}), "got 2.5"),
     ("stop a number", _parameters({"stop": 5}), "a string, a list of strings"),
     ("stop mixed", _parameters({"stop": ["a", 5]}), "a string, a list of strings"),
     ("stop an empty string", _parameters({"stop": [""]}), "an empty string or half a"),
@@ -142,12 +152,19 @@ WRONG_PARAMETERS = [
     ("stop ids ends too far", _parameters({"stop_words_list": [[1], [2]]}), "end offsets"),
     ("stop ids negative", _parameters({"stop_words_list": [[-1], [1]]}), "end offsets"),
     ("bad words an object", _parameters({"bad_words": {}}), "a string, a list of strings"),
+    (
+        "bad words blank",
+        _parameters({"bad_words": ["cat", " "]}),
+        "must hold words of this model's",
+    ),
+    ("bad words of padding", _parameters({"bad_words": [[640], [1]]}), "tokens, got (640,)"),
+    ("bad words the end", _parameters({"bad_words": "</s>"}), "must not hold the end of the text"),
+    ("bad words the end as id", _parameters({"bad_words": [[1], [1]]}), "send ignore_eos_token"),
     ("details text", _parameters({"details": "true"}), "true or false"),
     ("top_n_tokens above", _parameters({"top_n_tokens": 21}), "an integer from 0 to 20"),
     ("truncate zero", _parameters({"truncate": 0}), "true, false or the most input tokens"),
     ("truncate above", _parameters({"truncate": 2000}), "at most 1024 (option.max_input_tokens)"),
     ("stream text", _parameters({"stream": "yes"}), "true or false"),
-    ("stream not supported yet", _parameters({"stream": True}), "is not supported by backend"),
     ("stream beside", b'{"inputs": "x", "stream": 1}', "parameter 'stream' must be true or false"),
     (
         "stream twice",
@@ -159,6 +176,130 @@ WRONG_PARAMETERS = [
         _parameters({"stream": True, "num_beams": 2}),
         "'stream' must be false with num_beams > 1",
     ),
+    (
+        "a stream of several",
+        _parameters({"stream": True, "n": 2, "temperature": 1}),
+        "'stream' must be false with num_return_sequences > 1",
+    ),
+    ("a stream of a list", _body(inputs=["a", "b"], stream=True), "a list cannot be streamed, got"),
+    ("a stream of a list of one", _body(inputs=["a"], stream=True), "a list cannot be streamed"),
+    ("watermark", _parameters({"watermark": True}), "parameter 'watermark' is not supported"),
+    (
+        "a grammar of JSON",
+        _parameters({"grammar": {"type": "json", "value": {}}}),
+        "'grammar' must",
+    ),
+    ("a grammar of no value", _parameters({"grammar": {"type": "regex"}}), "'grammar' must be"),
+    ("a grammar that is none", _parameters({"grammar": {"type": "regex", "value": 5}}), "a string"),
+    (
+        "grammar and regex",
+        _parameters({"grammar": {"type": "regex", "value": "a"}, "regex": "a"}),
+        "'grammar' and 'regex' mean the same",
+    ),
+    ("adapter_id", _parameters({"adapter_id": "x"}), "parameter 'adapter_id' is not supported"),
+    ("prefill", _parameters({"decoder_input_details": True}), "'decoder_input_details' is not"),
 ]
 
-BAD_REQUESTS = BROKEN_JSON + WRONG_SHAPE + WRONG_PARAMETERS
+WRONG_TEMPLATES = [
+    ("no text", _body(inputs="x", template=5), "'template' must be a string, got 5"),
+    ("an empty template", _body(inputs="x", template=""), "must contain {input}, got ''"),
+    ("no place", _body(inputs="x", template="a {b}"), "must contain {input}, got 'a {b}'"),
+    ("no place but braces", _body(inputs="x", template="{{input}}"), "must contain {input}"),
+    ("a single brace", _body(inputs="x", template="{input} }"), "a single one at character 8"),
+    ("an open brace", _body(inputs="x", template="{input} {"), "a single one at character 8"),
+    ("a format", _body(inputs="x", template="{input!r}"), "a single one at character 0"),
+    ("an attribute", _body(inputs="x", template="{input.a}"), "a single one at character 0"),
+    ("a number", _body(inputs="x", template="{input} {0}"), "a single one at character 8"),
+    (
+        "no value",
+        _body(inputs="x", template="{language}: {input}"),
+        "the template's {language} has no value; send it in 'variables'",
+    ),
+    (
+        "not used",
+        _body(inputs="x", template="{a} {input}", variables={"a": "b", "c": "d"}),
+        "the variable 'c' is not used: the template has {a}, {input}",
+    ),
+    ("not used at all", _body(inputs="x", variables={"a": "b"}), "'a' is not used"),
+    ("variables a list", _body(inputs="x", variables=["a"]), "'variables' must be an object"),
+    (
+        "a variable that is no text",
+        _body(inputs="x", template="{a}{input}", variables={"a": 1}),
+        "the variable 'a' must be a string, got 1",
+    ),
+    (
+        "the input as a variable",
+        _body(inputs="x", variables={"input": "y"}),
+        "the variable 'input' is what 'inputs' holds",
+    ),
+    (
+        "half a surrogate pair in a variable",
+        b'{"inputs": "x", "template": "{a}{input}", "variables": {"a": "\\ud83d"}}',
+        "half a surrogate pair",
+    ),
+    ("template misspelt", _body(inputs="x", templat="{input}"), "did you mean 'template'?"),
+    ("inputs and prompt", _body(inputs="x", prompt="x"), "unknown field 'prompt'"),
+]
+
+BAD_REQUESTS = BROKEN_JSON + WRONG_SHAPE + WRONG_PARAMETERS + WRONG_TEMPLATES
+
+
+def _prompt(prompt: object = "Write 7 in words.", **fields: object) -> bytes:
+    return _body(prompt=prompt, **fields)
+
+
+# OpenAI's schema: (name, body, words, the field that the error names)
+BAD_COMPLETIONS: list[tuple[str, bytes, str, str | None]] = [
+    ("no prompt", _prompt(None), "'prompt' is missing", "prompt"),
+    ("a number", _prompt(5), "must be a string or a list of strings, got 5", "prompt"),
+    ("an empty list", _prompt([]), "must be a string or a list of strings", "prompt"),
+    ("an empty text", _prompt(""), "prompt must not be empty or blank", None),
+    ("a blank one in the list", _prompt(["a", " "]), "prompt[1] must not be empty", None),
+    ("token ids", _prompt([8774, 6]), "holds token ids, which are another tokenizer's", "prompt"),
+    ("lists of token ids", _prompt([[8774], [6]]), "holds token ids", "prompt"),
+    ("texts and ids", _prompt(["a", 6]), "prompt[1] must be a string, got 6", None),
+    ("too long in the list", _prompt(["a", "word " * 5000]), "prompt[1]: the input has", None),
+    ("an unknown field", _prompt(foo=1), "unknown field 'foo'; allowed are prompt", "foo"),
+    ("a misspelt field", _prompt(max_token=1), "did you mean 'max_tokens'?", "max_token"),
+    ("parameters", _prompt(parameters={}), "unknown field 'parameters'", "parameters"),
+    ("max_tokens zero", _prompt(max_tokens=0), "an integer from 1", "max_tokens"),
+    ("max_tokens above", _prompt(max_tokens=513), "at most 512", "max_tokens"),
+    ("n above", _prompt(n=17), "'n' must be at most 16 (option.max_rows), got 17", "n"),
+    ("temperature", _prompt(temperature="hot"), "a number from 0", "temperature"),
+    ("top_p above", _prompt(top_p=2), "a number from 0 to 1", "top_p"),
+    ("top_p boolean", _prompt(top_p=False), "a number from 0 to 1, got False", "top_p"),
+    ("n zero", _prompt(n=0), "an integer from 1", "n"),
+    ("n text", _prompt(n="2"), "got '2'", "n"),
+    ("best_of below n", _prompt(n=3, best_of=2), "at least n (3), got 2", "best_of"),
+    ("logprobs above", _prompt(logprobs=6), "an integer from 0 to 5, got 6", "logprobs"),
+    ("logprobs as in a chat", _prompt(logprobs=True), "from 0 to 5, got True", "logprobs"),
+    ("seed too small", _prompt(seed=-(2**63) - 1), "an integer from 0", "seed"),
+    ("stop a number", _prompt(stop=5), "a string, a list of strings", "stop"),
+    ("presence_penalty above", _prompt(presence_penalty=3), "from -2 to 2", "presence_penalty"),
+    ("echo", _prompt(echo=True), "parameter 'echo' is not supported; leave it out", "echo"),
+    ("suffix", _prompt(suffix="x"), "parameter 'suffix' is not supported", "suffix"),
+    ("logit_bias", _prompt(logit_bias={"5": 1}), "'logit_bias' is not supported", "logit_bias"),
+    ("model a number", _prompt(model=1), "'model' must be a string, got 1", "model"),
+    ("user a number", _prompt(user=1), "'user' must be a string, got 1", "user"),
+    ("stream text", _prompt(stream="yes"), "true or false", "stream"),
+    ("a stream of a list", _prompt(["a"], stream=True), "a list cannot be streamed", None),
+    ("options alone", _prompt(stream_options={}), "is for a stream", "stream_options"),
+    (
+        "options a list",
+        _prompt(stream=True, stream_options=[]),
+        "must be an object",
+        "stream_options",
+    ),
+    (
+        "an unknown option",
+        _prompt(stream=True, stream_options={"usage": True}),
+        "unknown field 'usage'",
+        "usage",
+    ),
+    (
+        "an option of the wrong type",
+        _prompt(stream=True, stream_options={"include_usage": 1}),
+        "true or false, got 1",
+        "include_usage",
+    ),
+]

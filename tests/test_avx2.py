@@ -14,12 +14,15 @@ import pytest
 from conftest import ROOT
 from tasks import held_out_examples
 
+from handler.checkpoints.partition import partition
+from handler.config import configuration_of
+
 EMULATOR = shutil.which("qemu-x86_64")
 PROMPTS = [example.prompt for example in held_out_examples(11)]
 
 # Runs in the emulated process. Prints one line of JSON.
 PROGRAM = """
-import json, sys
+import json, shutil, sys
 from pathlib import Path
 import numpy as np
 from handler.engines import init_inference
@@ -36,6 +39,14 @@ for dtype in ("fp32", "int8"):
         model.pipeline_generate([prompt], max_new_tokens=40)[0] for prompt in prompts
     ]
     model.close()
+partitioned = Path(sys.argv[4])
+for made_with_vnni in (partitioned / ".onnx_t5").glob("*/"):
+    shutil.rmtree(made_with_vnni)
+model = init_inference(str(partitioned))
+found["partitioned"] = model.pipeline_generate(prompts, max_new_tokens=40)
+model.close()
+(built,) = (partitioned / ".onnx_t5").glob("*/")
+found["partitioned decoder"] = [file.name for file in built.glob("decoder*.onnx")]
 print(json.dumps(found))
 """
 
@@ -46,7 +57,10 @@ def found(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
         if os.environ.get("CI"):
             pytest.fail("no qemu-x86_64 here: apt-get install qemu-user")
         pytest.skip("no qemu-x86_64 here")
-    arguments = [str(demo), str(tmp_path_factory.mktemp("graphs")), json.dumps(PROMPTS)]
+    folder = tmp_path_factory.mktemp("avx2")
+    (folder / "graphs").mkdir()
+    partition(configuration_of(str(demo), dtype="int8"), "native", folder / "partitioned")
+    arguments = [demo, folder / "graphs", json.dumps(PROMPTS), folder / "partitioned"]
     ended = subprocess.run(
         [EMULATOR, "-cpu", "Haswell", Path(sys.executable).resolve(), "-c", PROGRAM, *arguments],
         cwd=ROOT,
@@ -76,6 +90,13 @@ def test_fp32_gives_the_same_texts_as_here(found: dict[str, Any], demo: Path) ->
 def test_int8_answers_as_fp32_does(found: dict[str, Any]) -> None:
     equal = sum(a == b for a, b in zip(found["int8"], found["fp32"]))
     assert equal >= len(PROMPTS) - 1  # rounding to 8 bits may turn one text
+
+
+def test_weights_that_a_cpu_with_vnni_partitioned(found: dict[str, Any]) -> None:
+    """The same weights in the form that is right here, in graphs of their own."""
+    assert found["partitioned decoder"] == ["decoder_int8_blocks.onnx"]
+    equal = sum(a == b for a, b in zip(found["partitioned"], found["fp32"]))
+    assert equal >= len(PROMPTS) - 1
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "int8"])

@@ -6,7 +6,7 @@ import asyncio
 
 import httpx
 import pytest
-from bad_requests import BAD_REQUESTS
+from bad_requests import BAD_COMPLETIONS, BAD_REQUESTS
 
 GOOD = {"inputs": "Write 7 in words."}
 
@@ -25,8 +25,40 @@ def test_is_refused_with_its_reason(server: httpx.Client, body: bytes, words: st
     assert len(error["error"]) < 1000
 
 
+@pytest.mark.parametrize("route", ["/v1/completions", "/invocations"])
+@pytest.mark.parametrize(
+    ("body", "words", "param"),
+    [pytest.param(b, w, p, id=name) for name, b, w, p in BAD_COMPLETIONS],
+)
+def test_is_refused_in_openais_form(
+    server: httpx.Client, route: str, body: bytes, words: str, param: str | None
+) -> None:
+    reply = server.post(route, content=body)
+    assert reply.status_code == 400
+    error = reply.json()["error"]
+    assert words in error["message"]
+    assert error["message"].isprintable()
+    assert error["message"].isascii()
+    assert error == {
+        "message": error["message"],
+        "type": "invalid_request_error",
+        "param": param,
+        "code": None,
+    }
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b'{"inputs": "x"}', b'{"prompt": NaN}'])
+def test_what_is_no_completions_request_is_refused_in_openais_form_too(
+    server: httpx.Client, body: bytes
+) -> None:
+    reply = server.post("/v1/completions", content=body)
+    assert reply.status_code == 400
+    assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+
+
 def test_there_are_many() -> None:
-    assert len({body for _, body, _ in BAD_REQUESTS}) == len(BAD_REQUESTS) >= 80
+    bodies = [body for _, body, *_ in [*BAD_REQUESTS, *BAD_COMPLETIONS]]
+    assert len(set(bodies)) == len(bodies) >= 150
 
 
 def test_neighbours_of_bad_requests_are_answered(server: httpx.Client) -> None:

@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Oracle
 from random_checkpoints import VARIANTS, write_checkpoint
+from transformers_scores import generate_arguments
 
+from handler.bad_words import bad_word_ids
 from handler.beams import BeamSearch, largest
 from handler.continuation import Continuation
 from handler.engines import Model, init_inference
@@ -102,6 +104,29 @@ def test_the_end_is_not_chosen_before_min_new_tokens(pair: tuple[Model, Beams]) 
     (result,) = model.generate([request(PROMPTS[1], num_beams=4, min_new_tokens=7)])
     assert all_texts(result) == oracle.texts(PROMPTS[1], 1, num_beams=4, min_new_tokens=7)
     assert len(result.token_ids) >= 7
+
+
+def test_penalties_and_bad_words(pair: tuple[Model, Beams]) -> None:
+    """Each alone and all together, beside each other; a beam's history is its parent's."""
+    model, oracle = pair
+    (plain,) = model.generate([request(PROMPTS[0], num_beams=4)])
+    word = model.tokenizer.decode(plain.token_ids[1:2])
+    all_of_them: dict[str, Any] = {
+        "repetition_penalty": 1.4,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.3,
+        "no_repeat_ngram_size": 2,
+        "bad_words_list": (word, plain.token_ids[:2]) if word else (plain.token_ids[:2],),
+    }
+    wanted = [{name: value} for name, value in all_of_them.items()] + [all_of_them]
+    requests = [
+        request(PROMPTS[0], num_beams=4, num_return_sequences=4, **values) for values in wanted
+    ]
+    for one, result in zip(requests, model.generate(requests)):
+        words = bad_word_ids(one.parameters.bad_words_list, model.tokenizer)
+        arguments = generate_arguments(one.parameters, words)
+        del arguments["max_new_tokens"]
+        assert all_texts(result) == oracle.texts(PROMPTS[0], 4, num_beams=4, **arguments)
 
 
 def test_a_beam_request_waits_for_its_rows_and_is_not_passed_over(demo: Path) -> None:

@@ -20,6 +20,7 @@ from random_checkpoints import VARIANTS, write_checkpoint
 from safetensors.numpy import load_file, save_file
 from tasks import held_out_examples
 
+from handler.bad_words import bad_word_ids
 from handler.engines import Model, init_inference
 from handler.errors import LoadError, RequestError
 from handler.generation import GenerationRequest, GenerationResult
@@ -143,9 +144,9 @@ def test_bad_words(flan: Case, num_beams: int, written_as: str) -> None:
         for word in (tokenizer.decode([i]) for i in sorted(said) if tokenizer.token(i)[0] == "▁")
         if word
     ][:8]
-    ids = [tokenizer.encode_plain(word) for word in words]
     assert len(words) == 8
     sent: Any = words
+    ids = [list(sequence) for sequence in bad_word_ids(words, tokenizer)]
     if written_as == "ids":
         joined = list(itertools.chain(*ids))
         ends = np.cumsum([len(word) for word in ids]).tolist()
@@ -519,13 +520,13 @@ def _with_gpt2_config(folder: Path) -> None:
                 (_with_gpt2_config, "is of model type gpt2, which is no sequence-to-sequence"),
                 (_with_config(model_type="t6"), "is of model type t6, which is no"),
                 (_with_config(model_type=None), "config.json names no model_type"),
-                (_without("model.safetensors"), "no file named"),
-                (_cut_short("model.safetensors"), "cannot be loaded by transformers"),
-                (_without_the_second_shard, "cannot be loaded by transformers"),
-                (_with_a_broken_pickle, "cannot be loaded by transformers"),
-                (_without_decoder, "lacks 30 weights of a model of type t5, the first is decoder"),
-                (_with_config(d_model=40), "cannot be loaded by transformers"),
-                (_with_config(num_decoder_layers=3), "lacks"),
+                (_without("model.safetensors"), "neither model.safetensors nor pytorch_model"),
+                (_cut_short("model.safetensors"), "model.safetensors is truncated or padded"),
+                (_without_the_second_shard, "names model-00002-of-00002.safetensors for"),
+                (_with_a_broken_pickle, "pytorch_model.bin is damaged, torch cannot"),
+                (_without_decoder, "model.safetensors: no tensor decoder.final_layer_norm"),
+                (_with_config(d_model=40), "shared.weight has shape [640, 32], config.json"),
+                (_with_config(num_decoder_layers=3), "no tensor decoder.block.2.layer.0"),
                 (_cut_short("tokenizer.json"), "is not a tokenizer.json"),
             ]
         )
@@ -540,6 +541,68 @@ def test_a_damaged_checkpoint_is_told_in_one_line(
     assert str(checkpoint) in error
 
 
+def _with_bart_weights(change: Callable[[dict[str, np.ndarray]], Any]) -> Change:
+    def apply(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return apply
+
+
+_FC1 = "model.decoder.layers.1.fc1.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_with_bart_weights(lambda w: w.pop(_FC1)), f"no tensor {_FC1}; 1 weights"),
+        (
+            _with_bart_weights(lambda w: w.update({_FC1: w[_FC1][:, :-1].copy()})),
+            f"tensor {_FC1} has shape [48, 47], config.json makes it [48, 48]",
+        ),
+        (
+            _with_bart_weights(lambda w: w.update({_FC1: np.full_like(w[_FC1], np.nan)})),
+            f"tensor {_FC1} holds NaN or infinity",
+        ),
+        (_cut_short("model.safetensors"), "is truncated or padded"),
+    ],
+)
+def test_damaged_weights_of_other_models_are_named(
+    tmp_path: Path, change: Change, words: str
+) -> None:
+    _write_bart(tmp_path)
+    change(tmp_path)
+    error = _load_error(str(tmp_path))
+    assert f"{tmp_path / 'model.safetensors'}" in error
+    assert words in error
+
+
+def test_a_tensor_that_another_model_does_not_know_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _write_bart(tmp_path)
+    _with_bart_weights(lambda w: w.update(extra=np.ones(3, np.float32)))(tmp_path)
+    init_inference(str(tmp_path), backend="transformers").close()
+    assert "model.safetensors: tensor extra has no place in the model" in caplog.text
+
+
+def test_weights_beyond_the_range_of_the_dtype(checkpoint: Path) -> None:
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["shared.weight"][3, 4] = 3.4e38  # bf16's largest is 3.39e38
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    error = _load_error(str(checkpoint), dtype="bf16")
+    assert "tensor shared.weight is beyond the range of torch.bfloat16" in error
+
+
+def test_an_adapter_beside_the_weights_is_not_taken_for_a_name_of_another_base(
+    checkpoint: Path,
+) -> None:
+    """As transformers does where peft is installed."""
+    (checkpoint / "adapter_config.json").write_text('{"base_model_name_or_path": "t5-base"}')
+    assert "move the adapter to a folder of its own" in _load_error(str(checkpoint))
+
+
 def test_a_checkpoint_without_a_tokenizer(checkpoint: Path) -> None:
     (checkpoint / "tokenizer.json").unlink()
     (checkpoint / "spiece.model").unlink()
@@ -550,7 +613,7 @@ def test_a_checkpoint_without_a_tokenizer(checkpoint: Path) -> None:
 def test_numbers_that_are_none_are_an_error_of_the_model(checkpoint: Path, num_beams: int) -> None:
     """As when fp16 overflows. The argmax of such logits would be an answer."""
     weights = load_file(checkpoint / "model.safetensors")
-    weights["decoder.final_layer_norm.weight"][:] = np.nan
+    weights["decoder.final_layer_norm.weight"][:] = 3e38
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
     model = init_inference(str(checkpoint), backend="transformers")
     with pytest.raises(RequestError, match=r"numbers that are none .* option\.dtype") as caught:
@@ -574,7 +637,6 @@ def test_what_needs_a_gpu(checkpoint: Path, option: str, value: Any) -> None:
         ("dtype", "int8"),
         ("dtype", "int4"),
         ("pipeline_parallel_degree", 2),
-        ("merge_adapter", "adapter"),
         ("cpu_kernel", "per_batch"),
     ],
 )

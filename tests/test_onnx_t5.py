@@ -34,7 +34,8 @@ from handler.engines.onnx_t5.sessions import open_session, use_threads
 from handler.errors import RequestError
 from handler.generation import GenerationRequest, GenerationResult
 from handler.machine import usable_cpus
-from handler.parameters import parse_parameters
+from handler.parameters import PARAMETERS, parse_parameters
+from handler.scheduler import SUPPORTED_PARAMETERS
 from handler.tokenizer import load_tokenizer
 
 Array = npt.NDArray[np.float32]
@@ -179,21 +180,10 @@ def test_batches_of_any_size_give_the_same_bits(case: Case, size: int) -> None:
     assert apart == together
 
 
-@pytest.mark.parametrize(
-    "parameters",
-    [
-        {"repetition_penalty": 1.2},
-        {"presence_penalty": 0.5},
-        {"no_repeat_ngram_size": 2},
-        {"typical_p": 0.5, "do_sample": True},
-        {"bad_words_list": ["a"]},
-    ],
-    ids=lambda value: next(iter(value)),
-)
-def test_what_it_does_not_have_is_refused_by_name(flan: Case, parameters: dict[str, Any]) -> None:
-    name = next(iter(parameters))
-    with pytest.raises(RequestError, match=f"{name!r} is not supported by backend onnxruntime"):
-        flan.run(["x"], **parameters)
+def test_it_has_every_parameter_but_a_stream_that_nobody_reads(flan: Case) -> None:
+    assert set(PARAMETERS) - SUPPORTED_PARAMETERS == {"stream"}
+    with pytest.raises(RequestError, match="'stream' is not supported by backend onnxruntime"):
+        flan.run(["x"], stream=True)
 
 
 # Forms of a checkpoint

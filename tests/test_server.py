@@ -596,3 +596,38 @@ def _error_of_serve(*arguments: str) -> str:
     assert ended.stdout == ""
     assert ended.stderr.count("\n") == 1
     return ended.stderr
+
+
+# Uploads that never end
+
+
+def _raw(server: httpx.Client, head: bytes) -> socket.socket:
+    url = urlsplit(str(server.base_url))
+    connection = socket.create_connection((url.hostname, url.port), timeout=60)
+    connection.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\n" + head)
+    return connection
+
+
+def test_an_upload_that_stands_still_is_given_up(server: httpx.Client) -> None:
+    with _raw(server, b"Content-Length: 100\r\n\r\n{") as connection:
+        answer = connection.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"Nothing of the body came for 20 s" in answer
+
+
+def test_a_body_that_is_announced_too_large_is_refused_at_once(server: httpx.Client) -> None:
+    with _raw(server, b"Content-Length: 99999999999999999999\r\n\r\n{") as connection:
+        connection.settimeout(15)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_huge_answer_holds_nobody_up(server: httpx.Client) -> None:
+    """It is written beside the event loop; the answer itself is whole."""
+    many = {"inputs": ["Count from 3 to 9."] * 900, "parameters": {"details": True}}
+    with ThreadPoolExecutor(1) as threads:
+        answering = threads.submit(server.post, "/invocations", json=many)
+        while not answering.done():
+            reply = server.post("/invocations", json={"inputs": "Write 7 in words."})
+            assert reply.json() == {"outputs": ["seven"]}
+        body = answering.result().json()
+    assert len(body["outputs"]) == len(body["details"]) == 900

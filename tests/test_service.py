@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from handler.config import Configuration
-from handler.errors import RequestError
-from handler.generation import GenerationResult
-from handler.parameters import PARAMETERS, GenerationParameters
-from handler.request_parsing import ParsedRequest
-from handler.responses import Reply, reply
-from handler.service import Service
-from handler.tokenizer import ByteTokenizer
+from handler.parameters import PARAMETERS
+from handler.responses import Reply, StreamReply
+from handler.service import Service, Wanted
+from handler.streaming import AsyncStream
 
 GOOD = json.dumps({"inputs": "Write 7 in words."}).encode()
 
@@ -48,14 +45,26 @@ _BODIES = st.fixed_dictionaries(
         "parameters": st.dictionaries(st.sampled_from(sorted(PARAMETERS)), _VALUES, max_size=3)
         | _VALUES,
         "stream": _VALUES,
+        "template": st.sampled_from(["{input}", "{a} {input}", "{{{input}}}"]) | _VALUES,
+        "variables": st.dictionaries(st.sampled_from("ab"), st.text(max_size=3)) | _VALUES,
     },
+)
+_COMPLETIONS = st.fixed_dictionaries(
+    {"prompt": st.text(max_size=20) | st.lists(st.text(max_size=9), max_size=3) | _VALUES},
+    optional=dict.fromkeys(
+        (
+            *("max_tokens", "temperature", "top_p", "n", "best_of", "stop", "logprobs", "seed"),
+            *("stream", "stream_options", "echo", "logit_bias", "user", "model", "top_k"),
+        ),
+        _VALUES,
+    ),
 )
 
 
 @settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(_BODIES | _VALUES)
+@given(_BODIES | _COMPLETIONS | _VALUES)
 @example({"inputs": "x", "parameters": {"bad_words_list": ["\ud83d"]}})
 @example({"inputs": "\ud83d"})
 def test_any_json_is_answered_or_refused(service: Service, body: Any) -> None:
@@ -69,7 +78,8 @@ def test_any_json_is_answered_or_refused(service: Service, body: Any) -> None:
 )
 @given(st.binary(max_size=40) | st.tuples(st.binary(), st.integers(0, 40)).map(lambda t: _cut(*t)))
 def test_any_bytes_are_answered_or_refused(service: Service, body: bytes) -> None:
-    assert_is_a_reply(service.answer(body))
+    (answer,) = service.answer_batch([body])
+    assert_is_a_reply(answer)
 
 
 def _cut(inserted: bytes, at: int) -> bytes:
@@ -79,17 +89,19 @@ def _cut(inserted: bytes, at: int) -> bytes:
 def assert_is_a_reply(answer: Reply) -> None:
     body = json.loads(answer.body)
     if answer.status == 200:
-        assert all(isinstance(text, str) for text in body["outputs"])
+        texts = body["outputs"] if "outputs" in body else [c["text"] for c in body["choices"]]
+        assert all(isinstance(text, str) for text in texts)
     else:
-        assert answer.status == body["code"] == 400
-        assert body["error"].isprintable()
-        assert body["error"].isascii()
+        assert answer.status == 400
+        error = body["error"]["message"] if isinstance(body["error"], dict) else body["error"]
+        assert error.isprintable()
+        assert error.isascii()
 
 
 def test_sync_and_async_answers_are_the_same(service: Service) -> None:
     bodies = [GOOD, b"{}", json.dumps({"inputs": ["x", "y"]}).encode()]
 
-    async def ask_all() -> list[Reply]:
+    async def ask_all() -> list[Reply | StreamReply[AsyncStream]]:
         return list(await asyncio.gather(*map(service.answer_async, bodies)))
 
     assert asyncio.run(ask_all()) == service.answer_batch(bodies)
@@ -99,10 +111,10 @@ def test_a_long_body_does_not_hold_up_the_event_loop(service: Service) -> None:
     """Short ones are answered while it is read."""
     long = json.dumps({"inputs": "word " * 400_000}).encode()
 
-    async def ask_both() -> tuple[list[str], Reply]:
+    async def ask_both() -> tuple[list[str], Any]:
         order: list[str] = []
 
-        async def ask(name: str, body: bytes) -> Reply:
+        async def ask(name: str, body: bytes) -> Any:
             answer = await service.answer_async(body)
             order.append(name)
             return answer
@@ -131,65 +143,95 @@ def test_a_cancelled_call_frees_its_rows(service: Service) -> None:
     assert service.model.waiting == 0
 
 
-# Schemas
+def test_a_call_cancelled_while_its_long_body_is_read_runs_nothing(service: Service) -> None:
+    inputs = ["x" * 40_000, *["x"] * 99]
+    parameters = {"truncate": True, "ignore_eos_token": True}
+
+    async def leave() -> None:
+        body = json.dumps({"inputs": inputs, "parameters": parameters}).encode()
+        call = asyncio.create_task(service.answer_async(body))
+        await asyncio.sleep(0)  # the thread has it
+        call.cancel()
+        await asyncio.wait([call])
+        assert call.cancelled()
+        await asyncio.get_running_loop().shutdown_default_executor()
+
+    asyncio.run(leave())
+    assert service.answer(GOOD).status == 200
+    assert service.model.waiting == 0
 
 
-RESULT = GenerationResult(
-    text="seven",
-    token_ids=(10, 1),
-    log_probs=(-0.25, -0.5),
-    finish_reason="eos_token",
-    input_tokens=4,
-)
-DETAILS = {
-    "finish_reason": "eos_token",
-    "generated_tokens": 2,
-    "input_tokens": 4,
-    "truncated": False,
-    "cumulative_log_prob": -0.75,
-    "tokens": [
-        {"id": 10, "text": "\x07", "log_prob": -0.25},
-        {"id": 1, "text": "</s>", "log_prob": -0.5},
-    ],
-}
+# Streams
 
 
-@pytest.mark.parametrize(
-    ("schema", "inputs", "details", "body"),
-    [
-        ("outputs", "a", False, {"outputs": ["seven"]}),
-        ("outputs", ["a", "b"], False, {"outputs": ["seven", "seven"]}),
-        ("outputs", "a", True, {"outputs": ["seven"], "details": [DETAILS]}),
-        ("lmi", "a", False, {"generated_text": "seven"}),
-        ("lmi", "a", True, {"generated_text": "seven", "details": DETAILS}),
-        ("lmi", ["a"], False, [{"generated_text": "seven"}]),
-        ("lmi", ["a", "b"], False, [{"generated_text": "seven"}] * 2),
-        ("tgi", "a", False, [{"generated_text": "seven"}]),
-        ("tgi", "a", True, [{"generated_text": "seven", "details": DETAILS}]),
-        ("tgi", ["a", "b"], False, [{"generated_text": "seven"}] * 2),
-    ],
-)
-def test_schemas(schema: str, inputs: Any, details: bool, body: Any) -> None:
-    assert json.loads(_reply(schema, inputs, details, RESULT).body) == body
+def stream_of(inputs: str, **parameters: Any) -> bytes:
+    return json.dumps({"inputs": inputs, "stream": True, "parameters": parameters}).encode()
 
 
-def test_log_probs_that_the_engine_does_not_tell_are_null() -> None:
-    body = json.loads(_reply("lmi", "a", True, replace(RESULT, log_probs=())).body)
-    assert body["details"]["cumulative_log_prob"] is None
-    assert [token["log_prob"] for token in body["details"]["tokens"]] == [None, None]
+def test_blocking_and_async_streams_are_the_same(service: Service) -> None:
+    body = stream_of("Count from 3 to 9.", details=True)
+
+    async def read() -> bytes:
+        answer = await service.answer_async(body)
+        assert isinstance(answer, StreamReply)
+        return b"".join([piece async for piece in answer.stream])
+
+    answer = service.answer(body)
+    assert isinstance(answer, StreamReply)
+    assert b"".join(answer.stream) == asyncio.run(read())
 
 
-def test_log_probs_that_json_cannot_tell_are_an_error() -> None:
-    for log_prob in (float("nan"), float("-inf")):
-        result = replace(RESULT, log_probs=(-0.5, log_prob))
-        with pytest.raises(RequestError, match=r"option\.dtype") as caught:
-            _reply("outputs", "a", True, result)
-        assert caught.value.code == 424
+def test_many_streams_at_once_take_no_threads(service: Service) -> None:
+    prompts = [f"Write {number} in words." for number in range(16)]
+
+    async def text(prompt: str) -> str:
+        answer = await service.answer_async(stream_of(prompt))
+        assert isinstance(answer, StreamReply)
+        pieces = [json.loads(piece) async for piece in answer.stream]
+        assert threading.active_count() == before
+        return "".join(piece["token"]["text"] for piece in pieces)
+
+    async def all_texts() -> list[str]:
+        return list(await asyncio.gather(*map(text, prompts)))
+
+    before = threading.active_count()
+    assert asyncio.run(all_texts()) == service.model.pipeline_generate(prompts, max_new_tokens=8)
 
 
-def _reply(schema: str, inputs: Any, details: bool, result: GenerationResult) -> Reply:
-    is_list = isinstance(inputs, list)
-    request = ParsedRequest(
-        tuple(inputs) if is_list else (inputs,), is_list, GenerationParameters(details=details)
-    )
-    return reply(request, [result] * len(request.inputs), schema, ByteTokenizer())
+def test_a_stream_in_a_batch_is_refused_alone(service: Service) -> None:
+    refused, good = service.answer_batch([stream_of("x"), GOOD])
+    assert "'stream' must be false where DJLServing batches" in str(refused.error)
+    assert good.status == 200
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_an_error_before_the_first_token_has_a_status_of_its_own(
+    service: Service, is_async: bool
+) -> None:
+    body = stream_of("word " * 5000)
+    answer = asyncio.run(service.answer_async(body)) if is_async else service.answer(body)
+    assert isinstance(answer, Reply)
+    assert answer.status == 400
+
+
+def test_a_call_cancelled_before_the_first_token_frees_its_row(service: Service) -> None:
+    async def leave() -> None:
+        calls = [
+            asyncio.create_task(service.answer_async(stream_of("x", ignore_eos_token=True)))
+            for _ in range(2 * service.model.limits.max_rows)
+        ]
+        while not service.model.waiting:
+            await asyncio.sleep(0)
+        for call in calls:
+            call.cancel()
+        await asyncio.wait(calls)
+
+    asyncio.run(leave())
+    assert service.answer(GOOD).status == 200
+    assert service.model.waiting == 0
+
+
+def test_a_route_may_have_its_own_schema(service: Service) -> None:
+    answer = service.answer(GOOD, Wanted(route="generate"))
+    assert isinstance(answer, Reply)
+    assert set(json.loads(answer.body)) == {"generated_text"}

@@ -49,7 +49,8 @@ class T5Architecture:
 
     The width inside attention is num_heads * d_kv, which need not be d_model. bias_in_every_layer:
     umT5 has a table of relative positions in each layer, the others one a stack, in its first
-    layer. scale_logits: original T5 multiplies the last hidden state by d_model**-0.5.
+    layer. scale_logits: original T5 multiplies the last hidden state by d_model**-0.5. tied: the
+    head may be the embedding; a checkpoint that says otherwise must have lm_head.weight.
     """
 
     model_type: str
@@ -66,6 +67,7 @@ class T5Architecture:
     max_distance: int
     epsilon: float
     scale_logits: bool
+    tied: bool
     bias_in_every_layer: bool
     decoder_start_token_id: int
 
@@ -102,6 +104,7 @@ class T5Architecture:
             max_distance=_integer(told, "relative_attention_max_distance", buckets // 2 + 1),
             epsilon=_epsilon(told["layer_norm_epsilon"]),
             scale_logits=_scales_logits(told),
+            tied=told.get("tie_word_embeddings") is not False,
             bias_in_every_layer=told["model_type"] == "umt5",
             decoder_start_token_id=_integer(told, "decoder_start_token_id", 0, vocabulary - 1),
         )

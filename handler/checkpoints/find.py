@@ -1,101 +1,105 @@
-"""From a configuration to a local checkpoint folder: a path, or a model id of the hub."""
+"""From a configuration to local folders: a path, a model id of the hub, an address in S3."""
 
 from __future__ import annotations
 
 import json
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
+from handler.checkpoints import hub, s3
+from handler.checkpoints.selection import ADAPTER, CHECKPOINT, Selection
 from handler.config import Configuration
 from handler.errors import LoadError
 
 logger = logging.getLogger(__name__)
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-# Never the TensorFlow and Flax copies of the weights, nor what lies in folders: exported graphs,
-# training's checkpoints.
-_WANTED = ["*.json", "*.model", "*.safetensors", "*.bin", "*.txt", "*.spm", "*.py"]
-_UNWANTED = ["*/*"]
-_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
-_LONGEST_REASON = 300
-
 
 def find_checkpoint(configuration: Configuration) -> Path:
-    """The folder with config.json that the configuration names; downloads a hub id.
+    """The folder with config.json that the configuration names; downloads what is not local.
 
     Raises LoadError, naming the property to change.
     """
     c = configuration
-    if c.s3url or (c.model_id or "").startswith("s3://"):
-        raise LoadError(
-            f"{c.s3url or c.model_id}: S3 addresses are not read by this version; copy the model "
-            "to a folder and set option.model_id to it"
-        )
+    if c.s3url is not None:
+        return _from_s3url(c.s3url, c)
     if c.model_id is None:
         if c.model_dir is None:
             raise LoadError("no model given: set option.model_id to a folder or a model id")
-        return _checked(Path(c.model_dir), "the model folder holds no weights: set option.model_id")
-    for folder in (Path(c.model_dir or ".") / c.model_id, Path(c.model_id).expanduser()):
-        if folder.is_dir():
-            return _checked(folder, "change option.model_id")
-    if c.model_id.startswith(("/", ".", "~")) or not _HUB_ID.fullmatch(c.model_id):
-        raise LoadError(f"option.model_id={c.model_id}: no such folder, and not a hub model id")
-    return _download(c.model_id, c)
+        advice = "the model folder holds no weights: set option.model_id"
+        return _checked(Path(c.model_dir), CHECKPOINT, advice)
+    return _found(c.model_id, CHECKPOINT, c, option="model_id", revision=c.revision)
+
+
+def find_adapter(configuration: Configuration) -> Path | None:
+    """The folder with adapter_config.json that option.merge_adapter names, or None without it.
+
+    Raises LoadError.
+    """
+    c = configuration
+    if c.merge_adapter is None:
+        return None
+    return _found(c.merge_adapter, ADAPTER, c, option="merge_adapter", revision=None)
 
 
 def model_config(folder: Path) -> dict[str, Any]:
     """config.json as the checkpoint has it: libraries add and change keys when they read it."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LoadError(f"{folder}/config.json cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise LoadError(f"{folder}/config.json is not JSON: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+    config = read_json_object(folder / "config.json")
+    if not isinstance(config.get("model_type"), str):
         raise LoadError(f"{folder}/config.json names no model_type")
     return config
 
 
-def weight_bytes(folder: Path) -> int:
-    """Size of the weight files that would be read, in bytes."""
-    for pattern in ("*.safetensors", "*.bin"):
-        files = list(folder.glob(pattern))
-        if files:
-            return sum(file.stat().st_size for file in files)
-    return 0
-
-
-def _checked(folder: Path, advice: str) -> Path:
-    if not (folder / "config.json").is_file():
-        raise LoadError(f"{folder} has no config.json; {advice}")
-    return folder
-
-
-def _download(model_id: str, c: Configuration) -> Path:
-    place = f"option.model_id={model_id}" + (f" at revision {c.revision}" if c.revision else "")
-    logger.info("downloading %s", place)
+def read_json_object(file: Path) -> dict[str, Any]:
     try:
-        folder = _snapshot(model_id, c, [*_UNWANTED, "*.bin"])
-        if not any((folder / name).is_file() for name in _SAFETENSORS):
-            folder = _snapshot(model_id, c, _UNWANTED)
-    except Exception as error:  # of the hub, of the name, of its HTTP client (which one changes)
-        reason = " ".join(str(error).split())[:_LONGEST_REASON]
-        raise LoadError(f"{place} is no folder and could not be downloaded: {reason}") from error
-    return _checked(folder, "change option.model_id")
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LoadError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise LoadError(f"{file} is not JSON: {error}") from error
+    return content if isinstance(content, dict) else {}
 
 
-def _snapshot(model_id: str, c: Configuration, unwanted: list[str]) -> Path:
-    """The files of the root, from the cache as far as they are there."""
-    from huggingface_hub import snapshot_download
-
-    return Path(
-        snapshot_download(
-            model_id,
-            revision=c.revision,
-            cache_dir=c.cache_dir,
-            allow_patterns=_WANTED,
-            ignore_patterns=unwanted,
+def _from_s3url(address: str, c: Configuration) -> Path:
+    """DJLServing up to 0.25 downloads s3url itself and puts its folder into model_id."""
+    if c.model_id is None:
+        return _from_s3(address, CHECKPOINT, c, option="s3url")
+    folder = _folder(c.model_id, c)
+    if folder is None:
+        raise LoadError(
+            f"option.s3url={address} and option.model_id={c.model_id} are both set; unset one"
         )
-    )
+    logger.info("option.s3url=%s was downloaded to %s", address, folder)
+    return _checked(folder, CHECKPOINT, "change option.s3url")
+
+
+def _found(
+    place: str, selection: Selection, c: Configuration, *, option: str, revision: str | None
+) -> Path:
+    if place.startswith("s3://"):
+        return _from_s3(place, selection, c, option=option)
+    folder = _folder(place, c)
+    if folder is None:
+        if not hub.is_hub_id(place):
+            raise LoadError(f"option.{option}={place}: no such folder, and not a hub model id")
+        folder = hub.download(
+            place, selection, option=option, revision=revision, cache_dir=c.cache_dir
+        )
+    return _checked(folder, selection, f"change option.{option}")
+
+
+def _from_s3(address: str, selection: Selection, c: Configuration, *, option: str) -> Path:
+    folder = s3.download(address, selection, option=option, cache_dir=c.cache_dir)
+    return _checked(folder, selection, f"change option.{option}")
+
+
+def _folder(place: str, c: Configuration) -> Path | None:
+    """A path, absolute or from the model folder or the working directory."""
+    folders = (Path(c.model_dir or ".") / place, Path(place).expanduser())
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def _checked(folder: Path, selection: Selection, advice: str) -> Path:
+    if not (folder / selection.description).is_file():
+        raise LoadError(f"{folder} has no {selection.description}; {advice}")
+    return folder

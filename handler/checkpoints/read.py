@@ -1,141 +1,178 @@
-"""Weights of a checkpoint folder as numpy arrays, one tensor at a time."""
+"""Weights of a folder as numpy arrays, one tensor at a time, whatever files they lie in."""
 
 from __future__ import annotations
 
 import json
-import math
-import os
+from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from handler.checkpoints.safetensors_file import SafetensorsFile
+from handler.checkpoints.torch_file import TorchFile
 from handler.errors import LoadError
 
 Array = npt.NDArray[np.float32]
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_NUMPY_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
+class Weights(Protocol):
+    """Float tensors by name. Errors are LoadErrors that name tensor and file."""
 
-class CheckpointWeights:
-    """The float tensors of a folder's safetensors files; ``get`` reads one of them.
+    @property
+    def paths(self) -> Sequence[Path]:
+        """The files that decide about the tensors."""
 
-    Nothing is kept, nor mapped: mapped pages count as the process's memory, too. Raises LoadError
-    naming tensor and file.
-    """
+    def __iter__(self) -> Iterator[str]: ...
 
-    def __init__(self, folder: Path) -> None:
-        self._files = {name: _SafetensorsFile(folder / name) for name in _weight_files(folder)}
-        self._place = {name: file for file in self._files.values() for name in file.tensors}
-        self.paths = [folder / name for name in self._files]
+    def __contains__(self, name: object) -> bool: ...
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._place
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def file(self, name: str) -> Path: ...
 
     def get(self, name: str, shape: tuple[int, ...]) -> Array:
         """The tensor in fp32. Raises LoadError where it is missing, misshapen or not finite."""
-        file = self._place.get(name)
-        if file is None:
-            raise LoadError(f"{', '.join(map(str, self.paths))}: no tensor {name}")
+
+
+class TensorFile(Protocol):
+    """A file of tensors. Raises LoadError, naming file and tensor, also when it is opened."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def names(self) -> Collection[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a float tensor."""
+
+    def read(self, name: str) -> Array:
+        """The tensor in fp32."""
+
+    def release(self) -> None:
+        """Give memory back; reading on takes it again."""
+
+
+class WeightNames(NamedTuple):
+    """How one kind of weights is called on disk, in each form."""
+
+    safetensors: str
+    torch: str
+
+
+MODEL_WEIGHTS = WeightNames("model.safetensors", "pytorch_model.bin")
+ADAPTER_WEIGHTS = WeightNames("adapter_model.safetensors", "adapter_model.bin")
+
+
+class CheckpointWeights:
+    """See Weights. Of a folder with several forms, safetensors are read.
+
+    Files are opened when a tensor is asked for, and one that torch cannot map is held in memory
+    while its tensors are read.
+    """
+
+    def __init__(self, folder: Path, names: WeightNames = MODEL_WEIGHTS) -> None:
+        self.paths, self._index = _weight_files(folder, names)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of the files."""
+        return sum(path.stat().st_size for path in self.paths)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._file(name).shape(name)
+
+    def file(self, name: str) -> Path:
+        return self._file(name).path
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Array:
+        file = self._file(name)
+        check_shape(self, name, shape)
+        for other in self._opened:
+            if other is not file:
+                other.release()
         array = file.read(name)
-        if array.shape != shape:
-            raise LoadError(
-                f"{file.path}: tensor {name} has shape {list(array.shape)}, config.json makes it "
-                f"{list(shape)}"
-            )
         if not np.isfinite(array).all():
             raise LoadError(f"{file.path}: tensor {name} holds NaN or infinity")
         return array
 
+    def release(self) -> None:
+        """Give memory back; reading on takes it again."""
+        for file in self._opened:
+            file.release()
 
-def has_safetensors(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (_SINGLE, _INDEX))
+    def _file(self, name: str) -> TensorFile:
+        try:
+            return self._files[name]
+        except KeyError:
+            raise LoadError(f"{', '.join(map(str, self.paths))}: no tensor {name}") from None
+
+    @cached_property
+    def _opened(self) -> list[TensorFile]:
+        return list({id(file): file for file in self._files.values()}.values())
+
+    @cached_property
+    def _files(self) -> dict[str, TensorFile]:
+        """Tensor name -> its file, opened."""
+        found: dict[str, TensorFile] = {}
+        for path in self.paths:
+            file: TensorFile
+            file = TorchFile(path) if path.suffix == ".bin" else SafetensorsFile(path)
+            file.release()
+            for name in file.names:
+                if name in found:
+                    raise LoadError(f"tensor {name} is in {found[name].path} and in {path}")
+                found[name] = file
+        for name, shard in self._index.items():
+            if name not in found or found[name].path != shard:
+                raise LoadError(f"{shard}: no tensor {name}, which its index says is there")
+        return found
 
 
-def _weight_files(folder: Path) -> list[str]:
-    if (folder / _SINGLE).is_file():
-        return [_SINGLE]
-    index = folder / _INDEX
-    if not index.is_file():
+def check_shape(weights: Weights, name: str, shape: tuple[int, ...]) -> None:
+    """Raises LoadError where the tensor is missing or has another shape."""
+    if weights.shape(name) != shape:
         raise LoadError(
-            f"{folder} has neither {_SINGLE} nor {_INDEX}; save the checkpoint as safetensors or "
-            "set option.backend=transformers"
+            f"{weights.file(name)}: tensor {name} has shape {list(weights.shape(name))}, "
+            f"config.json makes it {list(shape)}"
         )
+
+
+def _weight_files(folder: Path, names: WeightNames) -> tuple[list[Path], dict[str, Path]]:
+    """The files to read, and what an index says of them: tensor name -> file."""
+    for name in names:
+        if (folder / name).is_file():
+            return [folder / name], {}
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            places = _places(index)
+            return sorted(set(places.values())), places
+    raise LoadError(
+        f"{folder} has no weights: neither {names.safetensors} nor {names.torch}, nor shards of "
+        "either with their index; complete it or change the property that names it"
+    )
+
+
+def _places(index: Path) -> dict[str, Path]:
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        stored = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        places = {str(name): index.parent / shard for name, shard in stored.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LoadError(f"{index} is damaged: {error!r}") from error
-    return sorted(map(str, names))
-
-
-class _Tensor(NamedTuple):
-    """A tensor's entry in the header; begin and end are counted from the header's end."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-    @staticmethod
-    def of(entry: Any) -> _Tensor:
-        begin, end = map(int, entry["data_offsets"])
-        if not 0 <= begin <= end:
-            raise ValueError(f"data_offsets {begin}, {end}")
-        return _Tensor(str(entry["dtype"]), tuple(map(int, entry["shape"])), begin, end)
-
-
-class _SafetensorsFile:
-    """One file: its header, and its tensors where they lie.
-
-    The safetensors library gives numpy no bfloat16, hence the reading of the (documented) format
-    here: eight bytes of header length, a JSON header, the data.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            with path.open("rb") as stream:
-                size = stream.seek(0, os.SEEK_END)
-                stream.seek(0)
-                length = int.from_bytes(stream.read(8), "little")
-                header = stream.read(length) if 8 + length <= size else b""
-        except OSError as error:
-            raise LoadError(f"{path} cannot be read: {error}") from error
-        self._start = 8 + length
-        self.tensors = self._tensors(header, size)
-
-    def _tensors(self, header: bytes, size: int) -> dict[str, _Tensor]:
-        try:
-            entries: dict[str, Any] = json.loads(header)
-            entries.pop("__metadata__", None)
-            tensors = {name: _Tensor.of(entry) for name, entry in entries.items()}
-            end = self._start + max(tensor.end for tensor in tensors.values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise LoadError(f"{self.path} is not a safetensors file: {error!r}") from error
-        if end != size:
-            raise LoadError(
-                f"{self.path} is truncated or padded: {size} bytes, its header tells {end}"
-            )
-        return tensors
-
-    def read(self, name: str) -> Array:
-        tensor = self.tensors[name]
-        kind = _NUMPY_TYPES.get(tensor.dtype)
-        if kind is None:
-            raise LoadError(
-                f"{self.path}: tensor {name} is of type {tensor.dtype}, allowed are "
-                f"{', '.join(_NUMPY_TYPES)}"
-            )
-        count = math.prod(tensor.shape)
-        if tensor.end - tensor.begin != count * np.dtype(kind).itemsize:
-            raise LoadError(
-                f"{self.path}: tensor {name} has {tensor.end - tensor.begin} bytes, which is not "
-                f"{tensor.dtype} {list(tensor.shape)}"
-            )
-        flat = np.fromfile(self.path, kind, count, offset=self._start + tensor.begin)
-        if tensor.dtype == "BF16":  # the upper half of an fp32
-            flat = (flat.astype("<u4") << 16).view("<f4")
-        array: Array = flat.reshape(tensor.shape).astype(np.float32, copy=False)
-        return array
+    for name, shard in places.items():
+        if shard.parent != index.parent or shard.suffix not in (".safetensors", ".bin"):
+            raise LoadError(f"{index} is damaged: {name} is in {shard}, which is no shard")
+        if not shard.is_file():
+            raise LoadError(f"{index} names {shard.name} for tensor {name}, which is not there")
+    if not places:
+        raise LoadError(f"{index} is damaged: it names no tensors")
+    return places

@@ -103,9 +103,10 @@ def _serving_properties(folder: Path) -> dict[str, str]:
 
 def _name(configuration: Configuration) -> str:
     """As DJLServing names a model: by its folder, other characters than those of words as _."""
-    place = configuration.model_dir or configuration.model_id or ""
+    c = configuration
+    place = c.model_dir or c.model_id or c.s3url or ""
     if Path(place).resolve() == DEMO:
         return _DEMO_NAME
     path = Path(place)
-    name = path.resolve().name if path.is_dir() else place.rstrip("/").split("/")[-1]
+    name = path.resolve().name if path.is_dir() else place.rstrip("/*").split("/")[-1]
     return re.sub(r"\W|^_", "_", name)

@@ -11,6 +11,7 @@ from handler.engines import load_model
 from handler.errors import RequestError
 from handler.generation import GenerationRequest, checked_text
 from handler.parameters import parse_parameters
+from handler.prompt_template import filled
 
 
 def add_to(commands: Any) -> None:
@@ -40,9 +41,9 @@ def run(arguments: argparse.Namespace) -> None:
     model = load_model(choice.configuration)
     try:
         parameters = parse_parameters(raw, model.limits)
-        template = choice.configuration.prompt_template
         requests = [
-            GenerationRequest(template.replace("{input}", prompt), parameters) for prompt in prompts
+            GenerationRequest(text, parameters)
+            for text in filled(choice.configuration.prompt_template, prompts, {})
         ]
         for result in model.generate(requests):
             print(result.text)

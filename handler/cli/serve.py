@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     choice = choose_model(arguments.model, arguments.option)
     listener = bind(arguments.host, arguments.port)
-    service.load(choice.configuration)
+    service.load(choice.configuration, choice.name)
     config = uvicorn.Config(
         application(service, choice.name),
         log_level="warning",

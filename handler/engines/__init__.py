@@ -11,7 +11,12 @@ from typing import Any
 from handler.batcher import Batcher, Lockstep
 from handler.checkpoints.architecture import T5_FAMILY
 from handler.checkpoints.find import find_checkpoint, model_config
-from handler.checkpoints.read import has_safetensors
+from handler.checkpoints.partitioned import (
+    Partition,
+    as_partitioned,
+    check_partition,
+    read_partition,
+)
 from handler.config import Configuration, Degree, configuration_of
 from handler.errors import LoadError, shown
 from handler.inference import Model
@@ -60,6 +65,7 @@ def load_model(configuration: Configuration) -> Model:
     """Load the model that the configuration describes. Raises LoadError."""
     folder = find_checkpoint(configuration)
     backend, reason = choose_backend(configuration, folder)
+    configuration = as_partitioned(configuration, folder)
     logger.info("backend %s: %s", backend, reason)
     return Model(
         _runner(backend, folder, configuration),
@@ -71,6 +77,9 @@ def load_model(configuration: Configuration) -> Model:
 
 def choose_backend(c: Configuration, folder: Path) -> tuple[str, str]:
     """(backend, why). Raises LoadError."""
+    partition = read_partition(folder)
+    if partition is not None:
+        return _backend_of_partition(partition, c, folder)
     if c.backend in ("fastertransformer", "onnxruntime", "transformers"):
         return c.backend, "option.backend"
     if c.backend != "auto":
@@ -94,8 +103,6 @@ def choose_backend(c: Configuration, folder: Path) -> tuple[str, str]:
         return "transformers", f"option.dtype={c.dtype}"
     if c.device_id != -1 and gpu_is_there():
         return "transformers", "there is a GPU"
-    if not has_safetensors(folder):
-        return "transformers", "the weights are not safetensors"
     missing = [name for name in ("onnx", "onnxruntime") if not importlib.util.find_spec(name)]
     if missing:
         return "transformers", f"the package {missing[0]} is not installed"
@@ -115,6 +122,25 @@ def _refuse_ranks(backend: str, world: World) -> None:
             f"option.backend={backend} runs in one process, mpirun started {world.size}: set "
             "engine=Python and option.mpi_mode=false, or option.backend=fastertransformer"
         )
+
+
+def _backend_of_partition(p: Partition, c: Configuration, folder: Path) -> tuple[str, str]:
+    """The one engine that reads the folder. Raises LoadError where it is not asked for or there."""
+    check_partition(p, folder, c)
+    backend = "onnxruntime" if p.format == "native" else p.format
+    if c.backend not in ("auto", backend):
+        raise LoadError(
+            f"{folder} is partitioned for backend {backend}, option.backend={c.backend}; set "
+            "option.backend=auto or name the original checkpoint"
+        )
+    served = p.tensor_parallel_degree == 1 and p.dtype in ("fp32", "int8")
+    if p.format == "native" and not served:
+        raise LoadError(
+            f"{folder} is partitioned for tensor_parallel_degree={p.tensor_parallel_degree} and "
+            f"dtype={p.dtype}, which no engine of this version serves; partition the original "
+            "checkpoint for 1 and fp32 or int8"
+        )
+    return backend, f"{folder} is partitioned for it"
 
 
 def _runner(backend: str, folder: Path, c: Configuration) -> Runner:

@@ -24,7 +24,7 @@ from handler.engines.fastertransformer_loading import (
     quality_warning,
     refusal,
 )
-from handler.engines.token_lists import bad_words, padded, word_list
+from handler.engines.token_lists import padded, word_list
 from handler.errors import LoadError, RequestError, shown
 from handler.generation import Generation
 from handler.parameters import GenerationParameters
@@ -146,7 +146,7 @@ class FasterTransformerEngine:
         ids, lengths = self._model.generate(
             self._tokens([g.prompt_ids for g in batch]),
             max_seq_len=p.max_new_tokens,
-            bad_words_list=_on_gpu([*bad_words(p, self.tokenizer), *self._padding], len(batch)),
+            bad_words_list=_on_gpu([*batch[0].bad_words, *self._padding], len(batch)),
             stop_words_list=_on_gpu(_stops_as_ids(p), len(batch)),
             **arguments,
         )

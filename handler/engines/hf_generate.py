@@ -21,7 +21,7 @@ from handler.engines.hf_loading import (
     token_rules,
 )
 from handler.engines.protocol import BatchEngine
-from handler.engines.token_lists import bad_words, padded
+from handler.engines.token_lists import padded
 from handler.errors import LoadError
 from handler.generation import Generation
 from handler.machine import usable_cpus
@@ -94,7 +94,7 @@ class HfGenerateEngine:
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "use_cache": self._use_cache,
-            **self._generate_arguments(parameters),
+            **self._generate_arguments(parameters, batch[0].bad_words),
         }
         with torch.inference_mode():
             if parameters.num_beams == 1:
@@ -173,7 +173,9 @@ class HfGenerateEngine:
         device = self._model.device
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
-    def _generate_arguments(self, p: GenerationParameters) -> dict[str, Any]:
+    def _generate_arguments(
+        self, p: GenerationParameters, bad_words: Sequence[Sequence[int]]
+    ) -> dict[str, Any]:
         """Our parameters as ``generate`` names them."""
         arguments: dict[str, Any] = {
             "max_new_tokens": p.max_new_tokens,
@@ -183,9 +185,9 @@ class HfGenerateEngine:
             "repetition_penalty": p.repetition_penalty,
             "no_repeat_ngram_size": p.no_repeat_ngram_size,
         }
-        if p.bad_words_list:
+        if bad_words:
             of_the_model = self._model.generation_config.bad_words_ids or []
-            arguments["bad_words_ids"] = [*of_the_model, *bad_words(p, self.tokenizer)]
+            arguments["bad_words_ids"] = [*of_the_model, *map(list, bad_words)]
         if p.samples:
             arguments["temperature"] = p.temperature
             arguments["top_k"] = p.top_k

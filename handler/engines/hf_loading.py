@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from handler.checkpoints.architecture import T5_FAMILY
-from handler.checkpoints.find import weight_bytes
+from handler.checkpoints.find import find_adapter
 from handler.config import Configuration
+from handler.engines.hf_weights import (
+    checked_files,
+    merge_adapter,
+    refuse_numbers_that_are_none,
+    refuse_what_transformers_passed_over,
+)
 from handler.errors import LoadError
-from handler.tokenizer import Detokenizer, Tokenizer, load_tokenizer
+from handler.tokenizer import Tokenizer, TokenizerBase, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +33,7 @@ _KEPT_OF_GENERATION_CONFIG = """
 _LONGEST_REASON = 300
 
 
-class TransformersTokenizer:
+class TransformersTokenizer(TokenizerBase):
     """A tokenizer that only transformers can read (Marian, M2M100, ...). See Tokenizer."""
 
     def __init__(self, folder: Path, trust_remote_code: bool) -> None:
@@ -58,20 +64,12 @@ class TransformersTokenizer:
     def token(self, token_id: int) -> str:
         return str(self._library.convert_ids_to_tokens(token_id))
 
-    def detokenizer(self) -> Detokenizer:
-        return Detokenizer(self)
-
 
 def refuse_unsupported(c: Configuration) -> None:
     if c.dtype in ("int8", "int4"):
         raise LoadError(
             f"option.dtype={c.dtype} is not supported by backend transformers, allowed are auto, "
             "fp32, fp16 and bf16"
-        )
-    if c.merge_adapter:
-        raise LoadError(
-            f"option.merge_adapter={c.merge_adapter} is not supported by backend transformers; "
-            "merge the adapter into the checkpoint and unset it"
         )
     if c.pipeline_parallel_degree > 1:
         raise LoadError(
@@ -92,13 +90,16 @@ def load_model(folder: Path, config: dict[str, Any], c: Configuration, on_gpu: b
 
     _refuse_other_models(folder, config, c.trust_remote_code)
     devices = _devices(c, on_gpu)
+    files = checked_files(folder, config)
+    adapter = find_adapter(c)
     arguments: dict[str, Any] = {
         _dtype_argument(): _torch_dtype(c.dtype, on_gpu),
         "trust_remote_code": c.trust_remote_code,
         "local_files_only": True,
         "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # they are refused below, in one line
     }
-    if len(devices) == 1 and on_gpu and weight_bytes(folder) > _free_memory(devices):
+    if len(devices) == 1 and on_gpu and files.stored_bytes > _free_memory(devices):
         devices = list(range(torch.cuda.device_count()))
     if len(devices) > 1:
         arguments["device_map"] = "auto"
@@ -111,15 +112,12 @@ def load_model(folder: Path, config: dict[str, Any], c: Configuration, on_gpu: b
             f"{folder} cannot be loaded by transformers ({_reason(error)}); complete its files or "
             "change option.model_id"
         ) from error
-    # transformers would go on with random numbers in their place
-    if told["missing_keys"]:
-        missing = sorted(told["missing_keys"])
-        raise LoadError(
-            f"{folder} lacks {len(missing)} weights of a model of type {config['model_type']}, the "
-            f"first is {missing[0]}; complete its files or change option.model_id"
-        )
+    refuse_what_transformers_passed_over(files, config, told)
     if len(devices) == 1 and on_gpu:
         model = model.to(f"cuda:{devices[0]}")
+    refuse_numbers_that_are_none(model, files)
+    if adapter is not None:
+        merge_adapter(model, files, adapter)
     return model.eval()
 
 

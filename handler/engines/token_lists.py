@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from handler.errors import RequestError, shown
-from handler.parameters import GenerationParameters
-from handler.tokenizer import Tokenizer
-
 
 def padded(
     prompts: Sequence[Sequence[int]], pad_token_id: int
@@ -17,23 +13,6 @@ def padded(
     ids = [[*prompt, *[pad_token_id] * (longest - len(prompt))] for prompt in prompts]
     mask = [[1] * len(prompt) + [0] * (longest - len(prompt)) for prompt in prompts]
     return ids, mask
-
-
-def bad_words(p: GenerationParameters, tokenizer: Tokenizer) -> list[list[int]]:
-    """The ids of each of the request's bad words.
-
-    Raises RequestError for one that the vocabulary cannot write.
-    """
-    words = []
-    for word in p.bad_words_list:
-        ids = tokenizer.encode_plain(word) if isinstance(word, str) else list(word)
-        if not ids or max(ids) >= tokenizer.size:
-            raise RequestError(
-                f"parameter 'bad_words_list' must hold words of this model's {tokenizer.size} "
-                f"tokens, got {shown(word)}"
-            )
-        words.append(ids)
-    return words
 
 
 def word_list(words: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -46,6 +46,7 @@ class Answer:
     properties: dict[str, str]
     body: bytes
     finished: float  # seconds, by the clock that all answers of a client share
+    pieces: int  # in which the body came
 
     def json(self) -> Any:
         return json.loads(self.body)
@@ -96,6 +97,10 @@ class DjlClient:
     def batch_predict(self, requests: Sequence[Request]) -> list[Answer]:
         """As one dynamic batch of DJL's; sync mode only."""
         return self._call("batch_predict", requests)
+
+    def abandon(self, requests: Sequence[Request]) -> None:
+        """Ask, and read no answer."""
+        self._call("abandon", requests)
 
     def log(self) -> str:
         return self._log.read_text(errors="replace")

@@ -24,6 +24,8 @@ import jpype.imports
 
 Message = dict[str, Any]
 
+_PIECE_SECONDS = 120
+
 
 def main(jars: str, engine: str, model_folder: str, temporary_folder: str, options: str) -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
@@ -105,7 +107,15 @@ def batch_predict(predictor: Any, requests: list[Message]) -> list[Message]:
     return [_answer(output) for output in outputs]
 
 
+def abandon(predictor: Any, requests: list[Message]) -> list[Message]:
+    """Ask, and read no answer, as DJLServing does whose client has left."""
+    for request in requests:
+        predictor.predict(_input(request))
+    return []
+
+
 COMMANDS = {
+    "abandon": abandon,
     "predict": predict,
     "predict_together": predict_together,
     "batch_predict": batch_predict,
@@ -126,14 +136,27 @@ def _input(request: Message) -> Any:
 
 def _answer(output: Any) -> Message:
     # In async mode the body arrives later than the Output, and with it the rest.
-    body = b"".join(bytes(item.getValue().getAsBytes()) for item in output.getContent())
+    pieces = [piece for item in output.getContent() for piece in _pieces(item.getValue())]
     return {
         "code": int(output.getCode()),
         "message": str(output.getMessage()),
         "properties": {str(name): str(value) for name, value in output.getProperties().items()},
-        "body": base64.b64encode(body).decode(),
+        "body": base64.b64encode(b"".join(pieces)).decode(),
+        "pieces": len(pieces),
         "finished": time.monotonic(),
     }
+
+
+def _pieces(value: Any) -> list[bytes]:
+    """A body as it comes: in async mode, and as a stream, in pieces."""
+    if not hasattr(value, "nextChunk"):
+        return [bytes(value.getAsBytes())]
+    from java.util.concurrent import TimeUnit
+
+    pieces = []
+    while value.hasNext():
+        pieces.append(bytes(value.nextChunk(_PIECE_SECONDS, TimeUnit.SECONDS)))
+    return list(filter(None, pieces))  # in sync mode an empty one ends a stream
 
 
 if __name__ == "__main__":

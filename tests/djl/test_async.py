@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from bad_requests import BAD_REQUESTS
+from bad_requests import BAD_COMPLETIONS, BAD_REQUESTS
 
 from djl.client import EMPTY_FORM, Answer, DjlClient, ask, post
 from handler.engines import Model
@@ -65,6 +65,12 @@ def test_bad_requests_are_refused_with_their_reason(asynchronous: DjlClient) -> 
     answers = asynchronous.predict_together([post(body) for _, body, _ in BAD_REQUESTS])
     for (name, _, words), answer in zip(BAD_REQUESTS, answers):
         assert_refused(answer, words, name)
+
+
+def test_bad_completions_are_refused_with_their_reason(asynchronous: DjlClient) -> None:
+    answers = asynchronous.predict_together([post(body) for _, body, *_ in BAD_COMPLETIONS])
+    for (name, _, words, _), answer in zip(BAD_COMPLETIONS, answers):
+        assert (answer.code, words in answer.json()["error"]) == (400, True), name
 
 
 def test_neighbours_of_bad_requests_are_answered(asynchronous: DjlClient, model: Model) -> None:

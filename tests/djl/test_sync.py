@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from bad_requests import BAD_REQUESTS
+from bad_requests import BAD_COMPLETIONS, BAD_REQUESTS
 
 from djl.client import EMPTY_FORM, DjlClient, ask, form, post
 from handler.engines import Model
@@ -30,6 +30,14 @@ def test_bad_requests_are_refused_with_their_reason(sync: DjlClient) -> None:
         assert words in answer.message, name
         assert answer.code == 400, name
         assert answer.json() == {"code": 400, "error": answer.message}, name
+
+
+def test_bad_completions_are_refused_in_openais_form(sync: DjlClient) -> None:
+    answers = sync.predict_in_turn([post(body) for _, body, *_ in BAD_COMPLETIONS])
+    for (name, _, words, param), answer in zip(BAD_COMPLETIONS, answers):
+        assert answer.code == 400, name
+        error = answer.json()["error"]
+        assert (error["param"], words in error["message"]) == (param, True), name
 
 
 def test_an_empty_form_is_refused(sync: DjlClient) -> None:

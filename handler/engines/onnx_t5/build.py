@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from handler.checkpoints.architecture import T5Architecture
-from handler.checkpoints.read import Array, CheckpointWeights
+from handler.checkpoints.read import Array, Weights
+from handler.checkpoints.tensors import check_tensors, embedding_name, head_name
 from handler.engines.onnx_t5.choose import Forms
 from handler.engines.onnx_t5.graph import CONTRIB, GraphWriter, Shape
 from handler.engines.onnx_t5.layers import Layers, padded_head_size
@@ -20,7 +21,6 @@ from handler.engines.onnx_t5.linear import FORMS
 
 # Counts up when graphs of an older version must not be used.
 _LAYOUT = 3
-_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 # Weights of one encoder graph: rows that decode wait for at most one of them at a time.
 _GROUP_WEIGHTS = 8_000_000
 
@@ -33,18 +33,20 @@ class GraphBuilder:
     """Writes the graphs and arrays of a model into a folder."""
 
     architecture: T5Architecture
-    weights: CheckpointWeights
+    weights: Weights
     forms: Forms
 
     @property
     def settings(self) -> str:
         """All that decides about the graphs besides the weights."""
-        return repr((_LAYOUT, self.architecture, self.forms))
+        forms = self.forms.encoder, *dict(self.forms.decoder)
+        return repr((_LAYOUT, self.architecture, forms))
 
     def build(self, folder: Path) -> None:
         """Raises LoadError naming the tensor that is missing or wrong."""
         a = self.architecture
-        embedding = self.weights.get(self._embedding, (a.vocab_size, a.d_model))
+        check_tensors(self.weights, a)
+        embedding = self.weights.get(embedding_name(self.weights), (a.vocab_size, a.d_model))
         np.save(folder / EMBEDDING, embedding)
         del embedding
         np.save(folder / ENCODER_BIAS, self._bias_tables("encoder"))
@@ -55,11 +57,6 @@ class GraphBuilder:
             self._cross_group(folder, name, layers)
         for form in dict(self.forms.decoder):
             self._decoder(folder, form)
-
-    @property
-    def _embedding(self) -> str:
-        """The one table under whichever of its names the checkpoint was saved with."""
-        return next((name for name in _EMBEDDINGS if name in self.weights), _EMBEDDINGS[0])
 
     def _layers(self, graph: GraphWriter, form: str) -> Layers:
         return Layers(graph, self.architecture, self.weights, FORMS[form])
@@ -213,8 +210,7 @@ class GraphBuilder:
 
     def _head(self, layers: Layers, x: str) -> None:
         a = self.architecture
-        name = "lm_head.weight" if "lm_head.weight" in self.weights else self._embedding
-        weight = self.weights.get(name, (a.vocab_size, a.d_model))
+        weight = layers.matrix(head_name(self.weights, a), (a.vocab_size, a.d_model))
         layers.graph.node("Identity", [layers.linear(x, weight, "lm_head")], "logits")
 
 

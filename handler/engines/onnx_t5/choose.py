@@ -7,7 +7,7 @@ import logging
 import platform
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +20,12 @@ from handler.engines.onnx_t5.cache import writing_to
 from handler.engines.onnx_t5.graph import GraphWriter
 from handler.engines.onnx_t5.linear import FORMS
 from handler.engines.onnx_t5.sessions import open_session, threads_in_use
+from handler.errors import LoadError
 
 logger = logging.getLogger(__name__)
 
-_INT8_FORMS = ("int8_blocks", "int8_rows", "int8_rows_63")
+_LIMITED = "int8_rows_63"
+_INT8_FORMS = ("int8_blocks", "int8_rows", _LIMITED)
 # Rows of a decoding step, and tokens of a prompt, at which the forms are compared.
 _DECODER_ROWS, _ENCODER_TOKENS = (1, 2, 4, 8, 16), (32, 128)
 _REPEATS = 7
@@ -48,15 +50,31 @@ class Forms:
 
 
 def choose_forms(
-    architecture: T5Architecture, dtype: str, *, per_batch: bool, max_rows: int, cache: Path
+    architecture: T5Architecture,
+    dtype: str,
+    *,
+    per_batch: bool,
+    max_rows: int,
+    cache: Path,
+    shipped: Path | None = None,
+    quantized: bool = False,
 ) -> Forms:
     """The forms for this dtype (fp32 or int8) here, by a short measurement that is kept.
 
-    cache: a folder for measurements, one file for each CPU model.
+    cache: a folder for measurements, one file for each CPU model; shipped: another place where
+    they may be already; quantized: the weights have all 8 bits and are not to be rounded again.
+    Raises LoadError where no form is right.
     """
     if dtype == "fp32":
         return Forms.single("fp32", "fp32", max_rows)
-    times = _cached_times(architecture, cache)
+    times = _cached_times(architecture, cache, shipped or cache)
+    if quantized:
+        times.pop(_LIMITED, None)
+    if not times:
+        raise LoadError(
+            "no int8 kernel computes right on this CPU; partition with --dtype fp32, or set "
+            "option.model_id to the original checkpoint"
+        )
     encoder = _fastest(times, _ENCODER_TOKENS)
     if per_batch:
         return Forms(encoder, _by_rows(times, max_rows))
@@ -87,27 +105,31 @@ def _by_rows(times: Times, max_rows: int) -> tuple[tuple[str, int], ...]:
     return tuple(chosen)
 
 
-def _cached_times(architecture: T5Architecture, cache: Path) -> Times:
+def _cached_times(architecture: T5Architecture, cache: Path, shipped: Path) -> Times:
     a = architecture
     key = f"{a.d_model}/{a.num_heads * a.d_kv}/{a.d_ff}/{a.gated}/{threads_in_use()}"
-    file = cache / f"kernels-{_cpu_model()}-ort{onnxruntime.__version__}.json"
-    try:
-        known: dict[str, Times] = json.loads(file.read_text())
-        times = known[key]
-    except (OSError, ValueError, TypeError, KeyError):  # not there, or damaged
-        known, times = {}, {}
+    name = f"kernels-{_cpu_model()}-ort{onnxruntime.__version__}.json"
+    known = _known_times(cache / name)
+    times = known.get(key) or _known_times(shipped / name).get(key) or {}
     if not times:
         with writing_to(cache):
             right = [form for form in _INT8_FORMS if _is_right(form, cache)]
             times = {form: _measure(a, form, cache) for form in right}
         if "int8_rows" in times:  # where it does not saturate its limited form is only less exact
-            times.pop("int8_rows_63", None)
+            times.pop(_LIMITED, None)
         logger.info("measured int8 kernels, seconds by rows: %s", times)
         try:
-            file.write_text(json.dumps({**known, key: times}))
+            (cache / name).write_text(json.dumps({**known, key: times}))
         except OSError:  # measured again at the next start
             pass
     return times
+
+
+def _known_times(file: Path) -> dict[str, Times]:
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):  # not there, or damaged
+        return {}
 
 
 def _cpu_model() -> str:
@@ -126,11 +148,16 @@ def _cpu_model() -> str:
 def _is_right(form: str, cache: Path) -> bool:
     """Whether ones times ones is right: u8 x s8 kernels without VNNI saturate in 16 bits."""
     width = 256
-    ones = np.ones((8, width), np.float32)
+    ones = _ones((8, width))
     with tempfile.TemporaryDirectory(dir=cache) as folder:
-        session = open_session(_write(Path(folder) / "ones.onnx", form, {"x": (ones, ones)}))
+        path = _write(Path(folder) / "ones.onnx", form, {"x": (8, width)}, _ones)
+        session = open_session(path)
     product = session.run(None, {"x": ones})[0]
     return bool(np.abs(product / width - 1).max() < _LARGEST_ERROR)
+
+
+def _ones(shape: tuple[int, int]) -> Array:
+    return np.ones(shape, np.float32)
 
 
 def _measure(a: T5Architecture, form: str, cache: Path) -> dict[str, float]:
@@ -146,16 +173,15 @@ def _measure(a: T5Architecture, form: str, cache: Path) -> dict[str, float]:
     }
     random = np.random.default_rng(0)
 
-    def normal(*shape: int) -> Array:
+    def normal(shape: tuple[int, int]) -> Array:
         return random.standard_normal(shape, np.float32)
 
-    weights = {name: normal(*shape) for name, shape in shapes.items()}
     rows = max(_DECODER_ROWS + _ENCODER_TOKENS)
-    products = {name: (normal(rows, w.shape[1]), w) for name, w in weights.items()}
+    inputs = {name: normal((rows, shape[1])) for name, shape in shapes.items()}
     with tempfile.TemporaryDirectory(dir=cache) as folder:
-        session = open_session(_write(Path(folder) / "measure.onnx", form, products))
+        session = open_session(_write(Path(folder) / "measure.onnx", form, shapes, normal))
     return {
-        str(n): _seconds(session, {name: x[:n] for name, (x, _) in products.items()})
+        str(n): _seconds(session, {name: x[:n] for name, x in inputs.items()})
         for n in (*_DECODER_ROWS, *_ENCODER_TOKENS)
     }
 
@@ -169,10 +195,16 @@ def _seconds(session: onnxruntime.InferenceSession, inputs: dict[str, Array]) ->
     return min(times)
 
 
-def _write(path: Path, form: str, products: dict[str, tuple[Array, Array]]) -> Path:
+def _write(
+    path: Path,
+    form: str,
+    shapes: Mapping[str, tuple[int, int]],
+    weight: Callable[[tuple[int, int]], Array],
+) -> Path:
+    """A graph of one product for each of the shapes [out, in]."""
     with GraphWriter(path) as graph:
-        for name, (x, weight) in products.items():
-            given = graph.input(name, np.float32, ["n", x.shape[1]])
-            product = FORMS[form](graph, given, weight, f"{name}.weight")
+        for name, shape in shapes.items():
+            given = graph.input(name, np.float32, ["n", shape[1]])
+            product = FORMS[form](graph, given, weight(shape), f"{name}.weight")
             graph.node("Identity", [product], graph.output(f"{name}.y", np.float32, ["n", "m"]))
     return path

@@ -1,16 +1,20 @@
-"""Writing one ONNX graph: nodes by their operator, large weights straight to a file beside it."""
+"""Writing one ONNX graph: nodes by their operator, large weights straight to a file beside it.
+
+onnx is imported where a graph is made: a start that finds its graphs does without it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
-from onnx import TensorProto, helper, numpy_helper
+
+if TYPE_CHECKING:
+    import onnx
 
 CONTRIB = "com.microsoft"
 _OPSET, _IR_VERSION = 18, 9
@@ -31,7 +35,7 @@ class GraphWriter:
         self._path = path
         self._data_path = path.with_suffix(".data")
         self._nodes: list[onnx.NodeProto] = []
-        self._constants: dict[str, TensorProto] = {}
+        self._constants: dict[str, onnx.TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self._count = 0
@@ -61,6 +65,8 @@ class GraphWriter:
 
     def constant(self, value: npt.ArrayLike, dtype: npt.DTypeLike) -> str:
         """A small array, one copy however often it is asked for."""
+        from onnx import numpy_helper
+
         array = np.asarray(value, dtype)
         name = f"const_{array.dtype}_{'x'.join(map(str, array.shape))}_{array.tobytes().hex()}"
         if name not in self._constants:
@@ -68,6 +74,8 @@ class GraphWriter:
         return name
 
     def weight(self, name: str, array: npt.NDArray[Any]) -> str:
+        from onnx import TensorProto, helper, numpy_helper
+
         array = np.ascontiguousarray(array)
         if array.nbytes <= _INLINE_BYTES:
             self._constants[name] = numpy_helper.from_array(array, name)
@@ -105,6 +113,8 @@ class GraphWriter:
         **attrs: Any,
     ) -> list[str]:
         """Add a node of several outputs (their names, or how many) and return their names."""
+        from onnx import helper
+
         if isinstance(outputs, int):
             outputs = [self.fresh(operator) for _ in range(outputs)]
         self._nodes.append(helper.make_node(operator, inputs, outputs, domain=domain, **attrs))
@@ -116,6 +126,8 @@ class GraphWriter:
         return f"{operator}_{self._count}"
 
     def _model(self) -> onnx.ModelProto:
+        from onnx import helper
+
         graph = helper.make_graph(
             self._nodes,
             self._path.stem,
@@ -128,5 +140,7 @@ class GraphWriter:
 
 
 def _value_info(name: str, dtype: npt.DTypeLike, shape: Shape) -> onnx.ValueInfoProto:
+    from onnx import helper
+
     element = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     return helper.make_tensor_value_info(name, element, shape)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from handler.checkpoints.architecture import T5Architecture
-from handler.checkpoints.read import Array, CheckpointWeights
+from handler.checkpoints.native_layout import NativeWeights
+from handler.checkpoints.quantized import Weight, joined_rows, over_columns, over_rows
+from handler.checkpoints.read import Weights
 from handler.engines.onnx_t5.graph import CONTRIB, GraphWriter
 from handler.engines.onnx_t5.linear import LinearForm
 
@@ -25,11 +29,17 @@ class Layers:
 
     graph: GraphWriter
     architecture: T5Architecture
-    weights: CheckpointWeights
+    weights: Weights
     form: LinearForm
 
-    def linear(self, x: str, weight: Array, name: str) -> str:
+    def linear(self, x: str, weight: Weight, name: str) -> str:
         return self.form(self.graph, x, weight, name)
+
+    def matrix(self, name: str, shape: tuple[int, int]) -> Weight:
+        """[out, in], quantized where it is stored so."""
+        if isinstance(self.weights, NativeWeights):
+            return self.weights.linear(name, shape)
+        return self.weights.get(name, shape)
 
     def norm(self, x: str, place: str, scale: float = 1.0) -> str:
         return self.graph.node(
@@ -56,41 +66,41 @@ class Layers:
         """x [1 or n, tokens, d_model] -> the same"""
         a = self.architecture
         names = ("wi_0", "wi_1") if a.gated else ("wi",)
-        wi = [self.weights.get(f"{place}.{name}.weight", (a.d_ff, a.d_model)) for name in names]
-        hidden = self.linear(x, np.concatenate(wi), f"{place}.wi")
+        wi = [self.matrix(f"{place}.{name}.weight", (a.d_ff, a.d_model)) for name in names]
+        hidden = self.linear(x, joined_rows(wi), f"{place}.wi")
         if a.gated:
             gate, up = self.graph.nodes("Split", [hidden], 2, axis=-1, num_outputs=2)
             hidden = self.graph.node("Mul", [self._activated(gate), up])
         else:
             hidden = self._activated(hidden)
-        wo = self.weights.get(f"{place}.wo.weight", (a.d_model, a.d_ff))
+        wo = self.matrix(f"{place}.wo.weight", (a.d_model, a.d_ff))
         return self.linear(hidden, wo, f"{place}.wo")
 
     def joined(self, x: str, place: str, names: str) -> str:
         """One product for several of q, k, v: [..., len(names) * heads * padded head size]."""
         return self.linear(
             x,
-            np.concatenate([self._heads(f"{place}.{name}.weight") for name in names]),
+            joined_rows([self._heads(f"{place}.{name}.weight") for name in names]),
             f"{place}.{names}",
         )
 
     def attention_output(self, x: str, place: str) -> str:
         a = self.architecture
-        o = self.weights.get(f"{place}.o.weight", (a.d_model, a.num_heads * a.d_kv))
-        return self.linear(x, self._padded(o.T).T, f"{place}.o")
+        o = self.matrix(f"{place}.o.weight", (a.d_model, a.num_heads * a.d_kv))
+        return self.linear(x, over_columns(o, self._padded), f"{place}.o")
 
-    def _heads(self, name: str) -> Array:
+    def _heads(self, name: str) -> Weight:
         a = self.architecture
-        return self._padded(self.weights.get(name, (a.num_heads * a.d_kv, a.d_model)))
+        return over_rows(self.matrix(name, (a.num_heads * a.d_kv, a.d_model)), self._padded)
 
-    def _padded(self, weight: Array) -> Array:
-        """[heads * d_kv, d_model] -> [heads * padded head size, d_model]"""
+    def _padded(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """[heads * d_kv, ...] -> [heads * padded head size, ...]"""
         a, size = self.architecture, padded_head_size(self.architecture)
         if size == a.d_kv:
-            return weight
-        heads = weight.reshape(a.num_heads, a.d_kv, a.d_model)
+            return array
+        heads = array.reshape(a.num_heads, a.d_kv, -1)
         padding = ((0, 0), (0, size - a.d_kv), (0, 0))
-        return np.pad(heads, padding).reshape(a.num_heads * size, a.d_model)
+        return np.pad(heads, padding).reshape(a.num_heads * size, *array.shape[1:])
 
     def _gamma(self, place: str, scale: float) -> str:
         name = f"{place}.weight"

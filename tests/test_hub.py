@@ -1,4 +1,4 @@
-"""Where a checkpoint is found: in a folder, beside the model folder, on the hub."""
+"""Models of the Hugging Face hub: what is downloaded, and what is said when it cannot be."""
 
 from __future__ import annotations
 
@@ -15,122 +15,23 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
-
-from handler.checkpoints.find import find_checkpoint, model_config, weight_bytes
-from handler.config import read_configuration
-from handler.errors import LoadError
+from test_find import write_files
 
 MODEL = "someone/tiny-t5"
-
-
-def find(**properties: str) -> Path:
-    return find_checkpoint(read_configuration(properties=properties))
-
-
-def write_files(folder: Path, *names: str) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        (folder / name).write_text('{"model_type": "t5"}')
-    return folder
-
-
-# Folders
-
-
-def test_the_model_folder_itself(tmp_path: Path) -> None:
-    write_files(tmp_path, "config.json")
-    assert find(model_dir=str(tmp_path)) == tmp_path
-
-
-def test_a_folder_by_its_path(tmp_path: Path) -> None:
-    folder = write_files(tmp_path / "weights", "config.json")
-    assert find(model_id=str(folder)) == folder
-    assert find(model_id=str(folder), model_dir="/elsewhere") == folder
-
-
-def test_a_folder_relative_to_the_model_folder(tmp_path: Path) -> None:
-    folder = write_files(tmp_path / "weights", "config.json")
-    assert find(model_id="weights", model_dir=str(tmp_path)) == folder
-
-
-def test_a_folder_of_the_users_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_files(tmp_path / "weights", "config.json")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert find(model_id="~/weights") == folder
-
-
-@pytest.mark.parametrize(
-    ("properties", "words"),
-    [
-        ({}, "no model given: set option.model_id"),
-        ({"model_dir": "."}, "holds no weights: set option.model_id"),
-        ({"model_id": "empty"}, "has no config.json; change option.model_id"),
-        ({"model_id": "/no/such/folder"}, "option.model_id=/no/such/folder: no such folder"),
-        ({"model_id": "./missing"}, "no such folder, and not a hub model id"),
-        ({"model_id": "a/b/c"}, "no such folder, and not a hub model id"),
-        ({"model_id": "a b"}, "no such folder, and not a hub model id"),
-        ({"model_id": "s3://bucket/model"}, "s3://bucket/model: S3 addresses are not read"),
-        ({"s3url": "s3://bucket/model"}, "s3://bucket/model: S3 addresses are not read"),
-    ],
-    ids=str,
-)
-def test_what_is_no_checkpoint(
-    properties: dict[str, str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(LoadError) as caught:
-        find(**properties)
-    assert words in str(caught.value)
-    assert "option.model_id" in str(caught.value)
-    assert str(caught.value).isprintable()
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"{", "is not JSON"),
-        (b"\xff", "is not JSON"),
-        (b"[]", "names no model_type"),
-        (b'{"model_type": 5}', "names no model_type"),
-        (None, "cannot be read: No such file"),
-    ],
-)
-def test_a_damaged_config(tmp_path: Path, content: bytes | None, words: str) -> None:
-    if content is not None:
-        (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(LoadError, match=words) as caught:
-        model_config(tmp_path)
-    assert "config.json" in str(caught.value)
-
-
-def test_the_config_is_the_checkpoints_own(tmp_path: Path) -> None:
-    config = {"model_type": "t5", "tie_word_embeddings": False, "unknown": [1, None]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert model_config(tmp_path) == config
-
-
-def test_the_size_of_the_weights_counts_one_form(tmp_path: Path) -> None:
-    assert weight_bytes(tmp_path) == 0
-    (tmp_path / "pytorch_model.bin").write_bytes(b"12345")
-    assert weight_bytes(tmp_path) == 5
-    for number in (1, 2):
-        (tmp_path / f"model-0000{number}-of-00002.safetensors").write_bytes(b"123")
-    assert weight_bytes(tmp_path) == 6
-
-
-# The hub
 
 
 class Hub:
     """A hub of one model, as far as huggingface_hub asks it, on 127.0.0.1.
 
-    ``files``: revision -> name -> content. ``downloaded``: names that were sent.
+    ``files``: revision -> name -> content. ``downloaded``: names that were sent. ``token``:
+    where it is set, nobody else is answered, and ``gated`` decides how they are refused.
     """
 
     def __init__(self) -> None:
         self.files: dict[str, dict[str, bytes]] = {}
         self.downloaded: list[str] = []
+        self.token = ""
+        self.gated = False
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -156,6 +57,9 @@ class Hub:
         self.server.server_close()
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
+        if self.token and request.headers.get("authorization") != f"Bearer {self.token}":
+            code = "GatedRepo" if self.gated else "RepoNotFound"
+            return _send(request, 403 if self.gated else 401, {"x-error-code": code}, b"")
         path = unquote(urlsplit(request.path).path)
         parts = path.strip("/").split("/")
         if path == f"/api/models/{MODEL}":
@@ -226,15 +130,15 @@ def hub() -> Iterator[Hub]:
     hub.close()
 
 
-def find_on(hub: Hub, cache: Path, **properties: str) -> Path:
+def find_on(hub: Hub, cache: Path, what: str = "find_checkpoint", **properties: str) -> Path:
     """The folder that a new process finds: huggingface_hub reads HF_ENDPOINT when imported."""
-    found = _run_find(hub, cache, **properties)
+    found = _run_find(hub, cache, what, **properties)
     assert found.returncode == 0, found.stderr
     return Path(found.stdout.strip())
 
 
 def error_on(hub: Hub, cache: Path, **properties: str) -> str:
-    found = _run_find(hub, cache, **properties)
+    found = _run_find(hub, cache, "find_checkpoint", **properties)
     assert found.returncode == 3, found.stderr
     assert found.stdout.count("\n") == 1
     return found.stdout
@@ -242,21 +146,23 @@ def error_on(hub: Hub, cache: Path, **properties: str) -> str:
 
 _FIND = """
 import json, sys
-from handler.checkpoints.find import find_checkpoint
+from handler.checkpoints import find
 from handler.config import read_configuration
 from handler.errors import LoadError
 try:
-    print(find_checkpoint(read_configuration(properties=json.loads(sys.argv[1]))))
+    print(getattr(find, sys.argv[2])(read_configuration(properties=json.loads(sys.argv[1]))))
 except LoadError as error:
     print(error)
     sys.exit(3)
 """
 
 
-def _run_find(hub: Hub, cache: Path, **properties: str) -> subprocess.CompletedProcess[str]:
+def _run_find(
+    hub: Hub, cache: Path, what: str, **properties: str
+) -> subprocess.CompletedProcess[str]:
     properties = {"model_id": MODEL, "cache_dir": str(cache), **properties}
     return subprocess.run(
-        [sys.executable, "-c", _FIND, json.dumps(properties)],
+        [sys.executable, "-c", _FIND, json.dumps(properties), what],
         env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0"},
         cwd=Path(__file__).parents[1],
         capture_output=True,
@@ -293,12 +199,10 @@ def test_shards_count_as_safetensors(hub: Hub, tmp_path: Path) -> None:
     assert {file.name for file in find_on(hub, tmp_path).iterdir()} == set(wanted)
 
 
-@pytest.mark.parametrize("other", [{}, {"adapter_model.safetensors": b"no weights of the model"}])
-def test_bin_is_taken_where_there_is_no_other_form(
-    hub: Hub, tmp_path: Path, other: dict[str, bytes]
-) -> None:
-    wanted = {**_SMALL, **other, "pytorch_model.bin": b"weights"}
-    hub.files["main"] = {**wanted, **_LEFT_OUT}
+@pytest.mark.parametrize("other", ["adapter_model.safetensors", "model.fp16.safetensors", "t.bin"])
+def test_bin_is_taken_where_there_is_no_other_form(hub: Hub, tmp_path: Path, other: str) -> None:
+    wanted = {**_SMALL, "pytorch_model.bin": b"weights"}
+    hub.files["main"] = {**wanted, **_LEFT_OUT, other: b"no weights of the model"}
     assert {file.name for file in find_on(hub, tmp_path).iterdir()} == set(wanted)
 
 
@@ -334,6 +238,8 @@ def test_a_folder_wins_over_the_hub(hub: Hub, tmp_path: Path) -> None:
     ("properties", "words"),
     [
         ({"model_id": "someone/other"}, "option.model_id=someone/other is no folder and could not"),
+        ({"model_id": "someone/other"}, "the hub has no such model, or hides it; correct the name"),
+        ({"revision": "v9"}, "the hub has no such revision; change option.revision"),
         ({"model_id": "nowhere"}, "option.model_id=nowhere is no folder and could not be"),
         ({"revision": "v9"}, f"option.model_id={MODEL} at revision v9 is no folder and could not"),
         ({"model_id": "a--b"}, "option.model_id=a--b is no folder and could not be downloaded"),
@@ -348,6 +254,32 @@ def test_what_the_hub_does_not_have(
     assert words in error_on(hub, tmp_path, **properties)
 
 
+@pytest.mark.parametrize(
+    ("gated", "words"),
+    [(True, "it is gated; accept its terms on its page and set HF_TOKEN"), (False, "hides it")],
+)
+def test_a_model_that_needs_a_token(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gated: bool, words: str
+) -> None:
+    hub.files["main"] = {**_SMALL, "model.safetensors": b"weights"}
+    hub.token, hub.gated = "secret", gated
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert words in error_on(hub, tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "wrong")
+    assert "set HF_TOKEN to" in error_on(hub, tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert (find_on(hub, tmp_path) / "model.safetensors").read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter(hub: Hub, tmp_path: Path, weights: str) -> None:
+    wanted = {"adapter_config.json": b"{}", weights: b"w"}
+    hub.files["main"] = {**_SMALL, **wanted, "model.safetensors": b"a whole model"}
+    properties = {"model_id": "elsewhere", "merge_adapter": MODEL}
+    folder = find_on(hub, tmp_path, what="find_adapter", **properties)
+    assert {file.name for file in folder.iterdir()} == set(wanted)
+
+
 def test_a_model_of_the_hub_without_config(hub: Hub, tmp_path: Path) -> None:
     hub.files["main"] = {"model.safetensors": b"weights"}
     assert "has no config.json; change option.model_id" in error_on(hub, tmp_path)
@@ -358,18 +290,3 @@ def test_a_hub_that_is_down(hub: Hub, tmp_path: Path) -> None:
     error = error_on(hub, tmp_path)
     assert f"option.model_id={MODEL} is no folder and could not be downloaded" in error
     assert "Connection refused" in error
-
-
-def test_nothing_is_asked_of_the_hub_for_a_folder(tmp_path: Path) -> None:
-    """Also without huggingface_hub in the image."""
-    folder = write_files(tmp_path, "config.json")
-    code = (
-        "import sys; sys.modules['huggingface_hub'] = None\n"
-        "from handler.checkpoints.find import find_checkpoint\n"
-        "from handler.config import Configuration\n"
-        "print(find_checkpoint(Configuration(model_id=sys.argv[1])))"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=60
-    )
-    assert found.stdout.strip() == str(folder), found.stderr

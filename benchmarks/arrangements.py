@@ -110,6 +110,7 @@ class StaticBatches:
         self._engine = engine
         self.tokenizer = engine.tokenizer
         self.max_rows = engine.max_rows
+        self.quality_warning = engine.quality_warning
 
     def batch_key(self, parameters: GenerationParameters) -> str:
         return "all alike"

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from handler.config import PROPERTIES
+from handler.engines.fastertransformer import SUPPORTED_PARAMETERS as OF_FASTERTRANSFORMER
 from handler.engines.hf_generate import SUPPORTED_PARAMETERS as OF_TRANSFORMERS
 from handler.inference import SUPPORTED_PARAMETERS as OF_EVERY_BACKEND
 from handler.parameters import PARAMETERS
@@ -79,6 +80,7 @@ def parameters() -> str:
         engines = [
             backend
             for backend, supported in (
+                ("fastertransformer", OF_FASTERTRANSFORMER),
                 ("onnxruntime", OF_SCHEDULER),
                 ("transformers", OF_TRANSFORMERS),
             )

@@ -7,10 +7,12 @@ batch runs; nobody waits for a batch to fill.
 from __future__ import annotations
 
 import logging
+import random
 from typing import TYPE_CHECKING
 
 from handler.errors import RequestError, as_request_error
 from handler.generation import Generation
+from handler.ranks import World, end_job
 from handler.runner import Runner
 
 if TYPE_CHECKING:
@@ -27,6 +29,9 @@ class Batcher(Runner):
         self.supported_parameters = engine.supported_parameters
         self._engine = engine
         self._running: list[Generation] = []
+        self._start()
+
+    def _start(self) -> None:
         self._thread.start()
 
     @property
@@ -35,10 +40,13 @@ class Batcher(Runner):
 
     def _run(self) -> None:
         while self._waiting.wait():
-            self._running = self._take_batch()
-            if self._running:
-                self._generate()
+            self._run_batch()
         self._engine.close()
+
+    def _run_batch(self) -> None:
+        self._running = self._take_batch()
+        if self._running:
+            self._generate()
 
     def _take_batch(self) -> list[Generation]:
         """The next prompt and, in their order, those that may run beside it."""
@@ -59,10 +67,50 @@ class Batcher(Runner):
             self._engine.generate(self._running)
         except BaseException as error:  # whatever it was, nobody may be left waiting
             if not isinstance(error, RequestError):
-                logger.exception("the engine failed")
+                self._engine_failed(error)
             failure = as_request_error(error)
             for generation in self._running:
                 generation.fail(failure)
         for generation in self._running:
             generation.fail(RequestError("the engine returned no answer", 424))
         self._running = []
+
+    def _engine_failed(self, error: BaseException) -> None:
+        logger.error("the engine failed", exc_info=error)
+
+
+class Lockstep(Batcher):
+    """The batcher of one rank of several. All ranks must make the same calls of their engines in
+    the same order, and do not talk about it: who comes when, who waits no longer, how fast a rank
+    is, none of it may decide what runs with whom.
+
+    So nothing runs until all prompts of a call are there, then everything does, batch by batch, in
+    the thread that called: the thread that loaded the model, whose current GPU is this rank's. An
+    engine that fails ends the job, because the other ranks wait for this one for ever.
+    """
+
+    def __init__(
+        self, engine: BatchEngine, max_queue: int, world: World, seeds: random.Random
+    ) -> None:
+        """seeds: random numbers that all ranks get alike."""
+        self._world = world
+        self._seeds = seeds
+        super().__init__(engine, max_queue)
+
+    def _start(self) -> None:
+        """No thread."""
+
+    def new_seed(self) -> int:
+        return self._seeds.getrandbits(64)
+
+    def run_submitted(self) -> None:
+        while self._waiting:
+            self._run_batch()
+
+    def close(self) -> None:
+        self._waiting.close()
+        self._engine.close()
+
+    def _engine_failed(self, error: BaseException) -> None:
+        super()._engine_failed(error)
+        end_job(self._world, error)

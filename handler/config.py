@@ -109,6 +109,10 @@ def _boolean(value: Any) -> bool:
         raise _Refused("true or false") from None
 
 
+def _streaming(value: Any) -> bool:
+    return str(value).lower() == "huggingface" or _boolean(value)  # DJL's name of one of its ways
+
+
 def _template(value: Any) -> str:
     try:
         placeholders(_text(value))
@@ -170,15 +174,16 @@ class Configuration:
         "auto",
         _dtype,
         "Number format of the weights. auto: bf16 on GPUs of compute capability 8.0 and up, fp16 "
-        "on older ones, fp32 on CPUs. int8 quantizes the weights (CPUs); int4 is not in this "
-        "version.",
+        "on older ones, fp32 on CPUs and on the fastertransformer wheel. int8 quantizes the "
+        "weights (CPUs); int4 is not in this version.",
         example="bf16",
         aliases=("quantize",),
     )
     tensor_parallel_degree: Degree = _property(
         1,
         _degree,
-        'GPUs that share the model; "max" takes all that the worker is given.',
+        'GPUs that share the model; "max" takes all that the worker is given. Under MPI it must be '
+        "the number of ranks.",
         example="4",
         environment=("TENSOR_PARALLEL_DEGREE",),
     )
@@ -212,7 +217,8 @@ class Configuration:
     request_timeout: float = _property(
         55.0,
         _seconds,
-        "Seconds until a request is answered 504; SageMaker itself gives up after 60.",
+        "Seconds until a request is answered 504; SageMaker itself gives up after 60. MPI ranks "
+        "wait for DJLServing's predict_timeout instead.",
         example="20",
     )
     max_queue: int = _property(
@@ -273,6 +279,13 @@ class Configuration:
     log_prompts: bool = _property(
         False, _boolean, "Write prompts and answers to the log.", example="true"
     )
+    enable_streaming: bool = _property(
+        False,
+        _streaming,
+        "On the fastertransformer wheel under engine=Python: get texts piece by piece. The other "
+        "engines always do.",
+        example="true",
+    )
     save_mp_checkpoint_path: str | None = _property(
         None,
         _text,
@@ -306,7 +319,7 @@ _FOLDED = {accepted.lower(): name for accepted, name in _CANONICAL.items()}
 DJL_OWNED = frozenset(
     """
     async_mode batch_size chunked_read_timeout cluster_size device_map draft_model_id enable_lora
-    enable_streaming enable_venv engine entrypoint env gpu_id handler input_formatter job_queue_size
+    enable_venv engine entrypoint env gpu_id handler input_formatter job_queue_size
     load_on_devices log_request_metric low_cpu_mem_usage max_batch_delay max_idle_time max_input_len
     max_lora_rank max_loras max_num_tokens max_rolling_batch_prefill_tokens max_tokens maxworkers
     metric_dimension minworkers model_id_or_path model_loading_timeout model_name model_url

@@ -44,13 +44,15 @@ class Continuation:
         self._detokenizer = tokenizer.detokenizer() if self._stop_texts or streams else None
         self._text = ""
         self._sent = 0
+        self._has_tokens = True
 
     def append(
-        self, token_id: int, log_prob: float, top_tokens: tuple[TopToken, ...] = ()
+        self, token_id: int, log_prob: float | None, top_tokens: tuple[TopToken, ...] = ()
     ) -> str | None:
         """Take the next token; the reason why it was the last one, or None."""
         self.token_ids.append(token_id)
-        self.log_probs.append(log_prob)
+        if log_prob is not None:
+            self.log_probs.append(log_prob)
         if top_tokens:
             self.top_tokens.append(top_tokens)
         new = ""
@@ -58,6 +60,21 @@ class Continuation:
             new = self._detokenizer.add(token_id)
             self._text += new
         self.finish_reason = self._reason_to_stop(token_id, len(new))
+        return self.finish_reason
+
+    def append_text(self, text: str, *, last: bool) -> str | None:
+        """Take the next piece of text from an engine that tells no tokens.
+
+        Whether ``</s>`` or the length ended it is then an estimate, from the text's own tokens.
+        """
+        self._has_tokens = False
+        self._text += text
+        if self._has_stop_text(len(text)):
+            self.finish_reason = STOP_SEQUENCE
+        elif last:
+            tokens = len(self._tokenizer.encode_plain(self._text))
+            most = self._parameters.max_new_tokens
+            self.finish_reason = LENGTH if tokens >= most else EOS_TOKEN
         return self.finish_reason
 
     def fork(self) -> Continuation:
@@ -76,7 +93,7 @@ class Continuation:
             if ids[-len(stop) :] == stop:
                 ids = ids[: -len(stop)]
                 break
-        text = self._tokenizer.decode(ids)
+        text = self._tokenizer.decode(ids) if self._has_tokens else self._text
         cuts = [at for at in map(text.find, self._stop_texts) if at >= 0]
         if not cuts:
             return text
@@ -101,9 +118,14 @@ class Continuation:
             return STOP_SEQUENCE
         if token_id == self._tokenizer.eos_token_id and not self._parameters.ignore_eos_token:
             return EOS_TOKEN
-        if new and any(stop in self._text[-(new + len(stop)) :] for stop in self._stop_texts):
+        if self._has_stop_text(new):
             return STOP_SEQUENCE
         return LENGTH if len(self.token_ids) >= self._parameters.max_new_tokens else None
+
+    def _has_stop_text(self, new: int) -> bool:
+        """Whether one lies in the text, of which the last ``new`` characters are new."""
+        recent = (self._text[-(new + len(stop)) :] for stop in self._stop_texts)
+        return new > 0 and any(stop in text for stop, text in zip(self._stop_texts, recent))
 
 
 def _overlap(whole: Sequence[Any], stop: Sequence[Any]) -> int:

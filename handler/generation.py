@@ -69,6 +69,7 @@ class GenerationResult:
 
     token_ids: every token chosen, a closing ``</s>`` and those of a stop sequence included.
     log_probs: the model's own log-probability of each of them, before temperature and filters.
+    Either is empty where the engine does not tell them.
     finish_reason: ``eos_token`` | ``length`` | ``stop_sequence``.
     input_tokens: how many tokens the encoder read; truncated: whether that was not the whole input.
     top_tokens: of each step the likeliest tokens, where the request asked for them.
@@ -93,12 +94,13 @@ class GenerationResult:
 class TokenEvent:
     """One step of a stream. ``text`` may be empty: a token that only begins a character or word.
 
-    The last event carries the whole ``result``. ``top_tokens`` as in GenerationResult.
+    The last event carries the whole ``result``. None: what the engine does not tell.
+    ``top_tokens`` as in GenerationResult.
     """
 
     text: str
-    token_id: int
-    log_prob: float
+    token_id: int | None
+    log_prob: float | None
     result: GenerationResult | None = None
     top_tokens: tuple[TopToken, ...] = ()
 
@@ -117,9 +119,9 @@ class SharedEncoding:
 class Generation:
     """One request on its way through an engine: its prompt, its texts so far, its future.
 
-    The engine's thread alone calls ``append``, ``finish`` and ``started``; anyone may cancel
-    ``future``. forced: tokens that are to be scored, in place of a choice; guide: the form that its
-    texts must have.
+    The engine's thread alone calls ``append``, ``append_text``, ``finish`` and ``started``; anyone
+    may cancel ``future``. forced: tokens that are to be scored, in place of a choice; guide: the
+    form that its texts must have.
     """
 
     def __init__(
@@ -135,6 +137,7 @@ class Generation:
         on_event: Callable[[TokenEvent], None] | None = None,
     ) -> None:
         self.parameters = request.parameters
+        self.prompt = request.input
         self.bad_words = bad_word_ids(self.parameters.bad_words_list, tokenizer)
         self.prompt_ids = list(prompt_ids)
         self.forced = forced
@@ -169,19 +172,37 @@ class Generation:
         self._started = perf_counter()
         self.input_cached = cached
 
-    def append(self, token_id: int, log_prob: float, top_tokens: tuple[TopToken, ...] = ()) -> bool:
+    def append(
+        self, token_id: int, log_prob: float | None, top_tokens: tuple[TopToken, ...] = ()
+    ) -> bool:
         """Take the next token of its one text; True when it was the last one.
 
-        A log-probability of NaN or -inf fails the generation: there was no token to choose.
+        A log-probability of NaN or -inf fails the generation: there was no token to choose. None
+        is one that the engine does not tell.
         """
-        if math.isnan(log_prob):
+        if log_prob is not None and math.isnan(log_prob):
             self.fail(not_a_number())
             return True
         if log_prob == -math.inf:
             self.fail(nothing_left(len(self.token_ids)))
             return True
+        self.continuation.append(token_id, log_prob, top_tokens)
+        return self._went_on(token_id, log_prob, top_tokens)
+
+    def append_text(self, text: str, *, last: bool) -> bool:
+        """Take text from an engine that tells no tokens; True when it was the end."""
+        self.continuation.append_text(text, last=last)
+        return self._went_on(None, None)
+
+    def _went_on(
+        self,
+        token_id: int | None,
+        log_prob: float | None,
+        top_tokens: tuple[TopToken, ...] = (),
+    ) -> bool:
+        """Tell who listens; True, and resolved, when this was the end."""
         continuation = self.continuation
-        if continuation.append(token_id, log_prob, top_tokens) is None:
+        if continuation.finish_reason is None:
             if self._on_event is not None:
                 text = continuation.unsent()
                 self._on_event(TokenEvent(text, token_id, log_prob, None, top_tokens))

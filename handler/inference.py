@@ -28,7 +28,6 @@ from handler.parameters import (
     check_limits,
     parameters_in_use,
     parse_parameters,
-    random_seed,
 )
 from handler.runner import Runner
 
@@ -43,12 +42,17 @@ _UNSURE_AT_A_CUT = 16  # tokens that may differ from those of the whole text
 
 
 class Model:
-    """A loaded model. Made by ``init_inference``; every method may be called from any thread."""
+    """A loaded model. Made by ``init_inference``; every method may be called from any thread.
+
+    quality_warning: what is known to spoil its answers, a dtype too small for them, or None.
+    As one rank of several it is for the thread alone that loaded it.
+    """
 
     def __init__(
         self, runner: Runner, *, backend: str, max_input_tokens: int, max_output_tokens: int
     ) -> None:
         self.backend = backend
+        self.quality_warning = runner.quality_warning
         self.tokenizer = runner.tokenizer
         self.limits = ParameterLimits(max_input_tokens, max_output_tokens, runner.max_rows)
         self._runner = runner
@@ -83,6 +87,7 @@ class Model:
     def generate(self, requests: list[GenerationRequest]) -> list[GenerationResult]:
         """Answer requests, each with its own parameters, in their order. Raises RequestError."""
         futures = self.submit(requests)
+        self.run_submitted()
         try:
             return [future.result() for future in futures]
         finally:  # when one fails, the others need not go on
@@ -121,12 +126,14 @@ class Model:
         (generation,) = self._generations(request, on_event=on_event)
         generation.future.add_done_callback(lambda _: on_event(None))
         self._runner.submit([generation])
+        self.run_submitted()
         return generation.future
 
     def score(self, requests: list[ScoreRequest]) -> list[list[GenerationResult]]:
         """For each request and each of its targets, in their order: the target's tokens with their
         log-probabilities. Raises RequestError."""
         futures = self.submit(requests)
+        self.run_submitted()
         try:
             results = [future.result() for future in futures]
         finally:
@@ -140,7 +147,8 @@ class Model:
         """Queue requests without waiting; cancelling a future frees its rows at the next step.
 
         What a ScoreRequest's further targets came to are its result's alternatives.
-        Raises RequestError, and then none was queued; one that is to blame is named by its index.
+        ``run_submitted`` must follow, once for all that was submitted. Raises RequestError, and
+        then none was queued; one that is to blame is named by its index.
         """
         self._runner.check_room(len(requests))
         generations = []
@@ -151,6 +159,10 @@ class Model:
                 raise (error if len(requests) == 1 else error.at(f"inputs[{index}]")) from None
         self._runner.submit([one for several in generations for one in several])
         return [_joined([one.future for one in several]) for several in generations]
+
+    def run_submitted(self) -> None:
+        """See Runner."""
+        self._runner.run_submitted()
 
     def close(self) -> None:
         """Finish what runs, refuse what waits, free the engine."""
@@ -169,7 +181,7 @@ class Model:
         if isinstance(request, ScoreRequest):
             wanted = [self._target(request, i) for i in range(len(request.targets))]
         else:
-            wanted = [(one, ()) for one in _single_draws(request)]
+            wanted = [(one, ()) for one in self._single_draws(request)]
         encoding = SharedEncoding(len(wanted)) if len(wanted) > 1 else None
         return [
             Generation(
@@ -183,6 +195,20 @@ class Model:
                 on_event=on_event,
             )
             for one, forced in wanted
+        ]
+
+    def _single_draws(self, request: GenerationRequest) -> list[GenerationRequest]:
+        """Where several texts are drawn, a request for each, with a seed of its own."""
+        p = request.parameters
+        if p.num_return_sequences == 1 or p.num_beams > 1:
+            return [request]
+        seed = self._runner.new_seed() if p.seed is None else p.seed
+        return [
+            GenerationRequest(
+                request.input,
+                replace(p, num_return_sequences=1, seed=(seed + i * _SEED_STRIDE) % (MAX_SEED + 1)),
+            )
+            for i in range(p.num_return_sequences)
         ]
 
     def _within_limits(
@@ -280,21 +306,6 @@ def _stream(
                 return
     finally:
         future.cancel()
-
-
-def _single_draws(request: GenerationRequest) -> list[GenerationRequest]:
-    """Where several texts are drawn, a request for each, with a seed of its own."""
-    p = request.parameters
-    if p.num_return_sequences == 1 or p.num_beams > 1:
-        return [request]
-    seed = random_seed() if p.seed is None else p.seed
-    return [
-        GenerationRequest(
-            request.input,
-            replace(p, num_return_sequences=1, seed=(seed + i * _SEED_STRIDE) % (MAX_SEED + 1)),
-        )
-        for i in range(p.num_return_sequences)
-    ]
 
 
 def _joined(futures: Sequence[Future[GenerationResult]]) -> Future[GenerationResult]:

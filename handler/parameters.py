@@ -122,7 +122,8 @@ class GenerationParameters:
     length_penalty: float = _parameter(
         1.0,
         number(-100.0, 100.0, "a number from -100 to 100"),
-        "Exponent of the length by which a beam's score is divided; above 0 favours long texts.",
+        "Exponent of the length by which a beam's score is divided; above 0 favours long texts. "
+        "FasterTransformer's len_penalty is the same; its own default was 0.",
         allowed="-100 to 100",
         example=0.6,
         aliases=("len_penalty",),
@@ -217,7 +218,8 @@ class GenerationParameters:
     details: bool = _parameter(
         False,
         boolean,
-        "Answer with the tokens, their log-probabilities and the finish reason, too.",
+        "Answer with the tokens, their log-probabilities (null on fastertransformer) and the "
+        "finish reason, too.",
         allowed="true, false",
         example=True,
     )

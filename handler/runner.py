@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from handler.generation import Generation
+from handler.parameters import random_seed
 from handler.waiting import WaitingPrompts
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class Runner(ABC):
     def __init__(self, engine: Engine, max_queue: int) -> None:
         self.tokenizer = engine.tokenizer
         self.max_rows = engine.max_rows
+        self.quality_warning = engine.quality_warning
         self._waiting = WaitingPrompts(max_queue)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -52,6 +54,16 @@ class Runner(ABC):
     def submit(self, generations: Sequence[Generation]) -> None:
         """Queue all of a client's prompts or, raising RequestError, none."""
         self._waiting.submit(generations)
+
+    def new_seed(self) -> int:
+        """For a request that gives none and needs one."""
+        return random_seed()
+
+    def run_submitted(self) -> None:  # noqa: B027 (most runners have a thread)
+        """Called after the last prompt of a call, by who submitted them.
+
+        Nothing to do for a runner whose thread takes prompts as they come.
+        """
 
     def close(self) -> None:
         """Finish what runs, refuse what waits, free the engine."""

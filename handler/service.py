@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import logging
 import os
 import threading
@@ -21,6 +22,7 @@ from handler.djl_output import to_async_output, to_async_outputs, to_batch_outpu
 from handler.engines import Model, load_model
 from handler.errors import LoadError, RequestError
 from handler.generation import GenerationRequest, GenerationResult, TokenEvent
+from handler.ranks import end_job, world_of
 from handler.request_parsing import parse_body
 from handler.responses import Reply, StreamReply, error_reply, reply, stream_reply
 from handler.schemas import recognized, schema_before_reading
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# How long a rank that could not load lets DJL read why, before it ends the job.
+_FAREWELL_SECONDS = 5.0
 # Reading and tokenizing a longer body takes long enough to hold up an event loop.
 _LONG_BODY = 32_768
 # And so does making the first guide of a large vocabulary.
@@ -118,7 +122,7 @@ class Service:
         """
         in_async_mode = _event_loop_runs()
         if inputs.is_empty() and not self._first_call_came:
-            self._load_as_told(inputs.get_properties())
+            self._load_as_told(inputs.get_properties(), in_async_mode)
             return _immediately(None) if in_async_mode else None
         if in_async_mode:
             return self._handle_async(inputs)
@@ -144,14 +148,22 @@ class Service:
         )
         return _immediately(to_async_output(refusal)) if _event_loop_runs() else to_output(refusal)
 
-    def _load_as_told(self, properties: Mapping[str, str]) -> None:
-        """Load by DJL's first call. Should it fail, DJL 0.20 sends requests all the same."""
+    def _load_as_told(self, properties: Mapping[str, str], in_async_mode: bool) -> None:
+        """Load by DJL's first call. Should it fail, DJL 0.20 sends requests all the same.
+
+        One rank of several that fails ends them all: the others wait for it to load.
+        """
         self._first_call_came = True
+        world = world_of()
         try:
+            if world.size > 1:
+                _refuse_uneven_calls(properties, in_async_mode)
             told = without_djls_own(properties, os.environ)
             self.load(read_configuration(properties=told, environment=os.environ))
         except Exception as error:
             self._load_failure = error
+            if world.size > 1:
+                end_job(world, error, after=_FAREWELL_SECONDS)
             raise
 
     async def _handle_async(self, inputs: Input) -> Output | AsyncIterator[Output]:
@@ -167,6 +179,7 @@ class Service:
         submitted = self._try_submit(body, wanted, events)
         if isinstance(submitted, Reply):
             return submitted
+        self.model.run_submitted()
         if not submitted.request.parameters.stream:
             return self._wait(submitted, deadline)
         stream = BlockingStream(
@@ -183,6 +196,8 @@ class Service:
         """Answer requests together, each by itself: one that is bad, or a stream, fails alone."""
         deadline = Deadline(self.configuration.request_timeout)
         submitted = [self._try_submit(body, Wanted(), None) for body in bodies]
+        if not all(isinstance(s, Reply) for s in submitted):
+            self.model.run_submitted()
         return [s if isinstance(s, Reply) else self._wait(s, deadline) for s in submitted]
 
     async def answer_async(
@@ -298,6 +313,22 @@ class Service:
         finally:
             for future in submitted.futures:
                 future.cancel()
+
+
+def _refuse_uneven_calls(properties: Mapping[str, str], in_async_mode: bool) -> None:
+    """Of several ranks each must get every call, in the same order. Raises LoadError."""
+    if in_async_mode:
+        raise LoadError(
+            "option.async_mode=true: calls would reach each MPI rank in another order; set it to "
+            "false, or set engine=Python"
+        )
+    # Passive workers came with async mode: then only rank 0 gets requests.
+    new = importlib.util.find_spec("djl_python.async_utils") is not None
+    if new and str(properties.get("use_passive_workers", "true")).lower() != "false":
+        raise LoadError(
+            "option.use_passive_workers=true (this DJLServing's default): requests would reach MPI "
+            "rank 0 only; set it to false, or set engine=Python"
+        )
 
 
 def _cancel(submitted: _Submitted | Reply) -> None:

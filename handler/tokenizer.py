@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from handler.errors import LoadError
+
+logger = logging.getLogger(__name__)
 
 # Pieces for the bytes of a character that has none of its own
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -240,11 +243,17 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     """
     settings = _settings(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").is_file():
-        return JsonTokenizer(
-            folder / "tokenizer.json",
-            eos_token=_token_text(settings.get("eos_token"), "</s>"),
-            pad_token=_token_text(settings.get("pad_token"), "<pad>"),
-        )
+        try:
+            return JsonTokenizer(
+                folder / "tokenizer.json",
+                eos_token=_token_text(settings.get("eos_token"), "</s>"),
+                pad_token=_token_text(settings.get("pad_token"), "<pad>"),
+            )
+        except LoadError as error:
+            # whole, but of another time than the library: 2023's cannot read what today's writes
+            if not (folder / "spiece.model").is_file() or not _is_whole(folder / "tokenizer.json"):
+                raise
+            logger.warning("%s; spiece.model beside it is used", error)
     if (folder / "spiece.model").is_file():
         return SentencePieceTokenizer(
             folder / "spiece.model", settings.get("extra_ids"), vocab_size
@@ -255,6 +264,13 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
         f"{folder} has no tokenizer: expected tokenizer.json, spiece.model, or a "
         "tokenizer_config.json that names ByT5Tokenizer"
     )
+
+
+def _is_whole(file: Path) -> bool:
+    try:
+        return "model" in _settings(file)
+    except LoadError:
+        return False
 
 
 def _settings(file: Path) -> dict[str, Any]:

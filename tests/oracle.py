@@ -18,7 +18,7 @@ class Oracle:
         from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=dtype).eval()
+        self.model = AutoModelForSeq2SeqLM.from_pretrained(folder).to(dtype).eval()
         self.padding = list(range(len(self.tokenizer), self.model.config.vocab_size))
 
     def generate(self, prompt: str, **arguments: Any) -> tuple[int, ...]:

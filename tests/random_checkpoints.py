@@ -87,7 +87,8 @@ def write_checkpoint(
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     else:
         for name in ("tokenizer.json", "spiece.model", "tokenizer_config.json"):
-            shutil.copy(tokenizer_from / name, folder)
+            if (tokenizer_from / name).exists():
+                shutil.copy(tokenizer_from / name, folder)
     return folder
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
 
-from handler.batcher import Batcher
+from handler import batcher as batcher_module
+from handler.batcher import Batcher, Lockstep
 from handler.errors import RequestError
 from handler.generation import Generation, GenerationRequest
 from handler.parameters import GenerationParameters
+from handler.ranks import World
 from handler.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
@@ -28,6 +31,7 @@ class GatedEngine:
     name = "gated"
     tokenizer = TOKENIZER
     max_rows = 4
+    quality_warning = None
     supported_parameters = frozenset({"max_new_tokens", "temperature", "do_sample", "num_beams"})
 
     def __init__(self, failure: BaseException | None = None) -> None:
@@ -192,3 +196,62 @@ def test_closing_finishes_what_runs_and_fails_what_waits() -> None:
     assert error.code == 503
     with pytest.raises(RequestError, match="being unloaded"):
         batcher.submit([generation("late")])
+
+
+# One rank of several
+
+
+def lockstep(engine: GatedEngine) -> Lockstep:
+    for _ in range(100):
+        engine.gate.release()
+    return Lockstep(engine, 100, World(1, 2), random.Random(5))
+
+
+def test_nothing_runs_before_a_call_is_complete() -> None:
+    """And then the batches follow from what was submitted alone."""
+    engine = GatedEngine()
+    batcher = lockstep(engine)
+    sent = [generation(text) for text in "abcdef"]
+    batcher.submit(sent[:1])
+    batcher.submit([generation("other", max_new_tokens=7)])
+    batcher.submit(sent[1:])
+    assert engine.batches == []
+    batcher.run_submitted()
+    assert [g.future.result(0).text for g in sent] == list("abcdef")
+    assert engine.batches == [["a", "b", "c", "d"], ["other"], ["e", "f"]]
+    batcher.close()
+    assert engine.closed
+
+
+def test_ranks_draw_equal_seeds() -> None:
+    first, second = (lockstep(GatedEngine()) for _ in range(2))
+    assert [first.new_seed() for _ in range(3)] == [second.new_seed() for _ in range(3)]
+
+
+def test_a_rank_runs_in_the_thread_that_calls() -> None:
+    threads = []
+
+    class Noting(GatedEngine):
+        def generate(self, batch: Sequence[Generation]) -> None:
+            threads.append(threading.current_thread())
+            super().generate(batch)
+
+    batcher = lockstep(Noting())
+    batcher.submit([generation("a")])
+    batcher.run_submitted()
+    assert threads == [threading.current_thread()]
+
+
+@pytest.mark.parametrize(
+    ("failure", "ends"), [(RuntimeError("NCCL"), True), (RequestError("refused"), False)], ids=str
+)
+def test_a_rank_whose_engine_fails_ends_the_job(
+    monkeypatch: pytest.MonkeyPatch, failure: Exception, ends: bool
+) -> None:
+    """A refused request is refused by all of them."""
+    ended: list[BaseException] = []
+    monkeypatch.setattr(batcher_module, "end_job", lambda world, error: ended.append(error))
+    batcher = lockstep(GatedEngine(failure))
+    batcher.submit([generation("a")])
+    batcher.run_submitted()
+    assert ended == ([failure] if ends else [])

@@ -134,3 +134,37 @@ def test_a_stop_of_ids_that_ends_with_the_end_of_the_text() -> None:
     stop = ((3 + ord("b"), EOS),)
     result = result_of("ab", stop_sequences=stop)
     assert (result.text, result.finish_reason) == ("a", "stop_sequence")
+
+
+# Engines that tell texts
+
+
+def of_pieces(pieces: Sequence[str], **parameters: object) -> tuple[str, GenerationResult]:
+    """What was streamed, and the result."""
+    events: list[TokenEvent] = []
+    request = GenerationRequest("x", GenerationParameters(**parameters))  # type: ignore[arg-type]
+    generation = Generation(request, [3, EOS], TOKENIZER, on_event=events.append)
+    for piece in pieces:
+        if generation.append_text(piece, last=False):
+            break
+    else:
+        generation.append_text("", last=True)
+    return "".join(event.text for event in events), generation.future.result(timeout=0)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "parameters", "text", "reason"),
+    [
+        (["ab", "c"], {}, "abc", "eos_token"),
+        (["ab", "c"], {"max_new_tokens": 3}, "abc", "length"),
+        (["ab", "cd"], {"stop_sequences": ("bc",)}, "a", "stop_sequence"),
+        (["ab"], {"stop_sequences": ("bc",)}, "ab", "eos_token"),
+        ([], {}, "", "eos_token"),
+    ],
+)
+def test_texts_in_pieces(
+    pieces: list[str], parameters: dict[str, object], text: str, reason: str
+) -> None:
+    streamed, result = of_pieces(pieces, **parameters)
+    assert (streamed, result.text, result.finish_reason) == (text, text, reason)
+    assert result.token_ids == result.log_probs == ()

@@ -582,7 +582,7 @@ def test_a_gpu_is_used_unless_the_worker_has_none(
     assert chosen(checkpoint, backend="onnxruntime") == ("onnxruntime", "option.backend")
 
 
-@pytest.mark.parametrize("backend", ["fastertransformer", "torch"])
+@pytest.mark.parametrize("backend", ["torch"])
 def test_backends_that_are_not_there(checkpoint: Path, backend: str) -> None:
     with pytest.raises(LoadError, match=f"option.backend={backend} is not in this version"):
         chosen(checkpoint, backend=backend)

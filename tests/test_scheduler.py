@@ -58,6 +58,7 @@ class EchoEngine:
 
     def __init__(self, max_rows: int = 2, encode_tokens: int = 1, parts: int = 0) -> None:
         self.max_rows = max_rows
+        self.quality_warning = None
         self.encode_tokens = encode_tokens
         self.parts = parts
         self.log: list[tuple[str, Any]] = []

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import BACKEND
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +26,9 @@ GOOD = json.dumps({"inputs": "Write 7 in words."}).encode()
 @pytest.fixture(scope="module")
 def service(demo: Path) -> Iterator[Service]:
     service = Service()
-    service.load(Configuration(model_id=str(demo), max_output_tokens=8, request_timeout=30))
+    service.load(
+        Configuration(model_id=str(demo), backend=BACKEND, max_output_tokens=8, request_timeout=30)
+    )
     yield service
     service.close()
 

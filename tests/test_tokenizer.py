@@ -152,3 +152,14 @@ def test_byt5_is_told_by_its_settings(tmp_path: Path) -> None:
         json.dumps({"tokenizer_class": "ByT5Tokenizer"})
     )
     assert isinstance(load_tokenizer(tmp_path, 384), ByteTokenizer)
+
+
+def test_a_tokenizer_json_of_another_time_than_the_library(demo: Path, tmp_path: Path) -> None:
+    """2023's library cannot read what today's writes: spiece.model beside it says the same."""
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps({"model": {"type": "Unigram", "spoken": True}}))
+    with pytest.raises(LoadError, match=r"is not a tokenizer.json"):
+        load_tokenizer(tmp_path, 640)
+    shutil.copy(demo / "spiece.model", tmp_path)
+    ids = load_tokenizer(demo, 640).encode("Write 7 in words.")
+    assert load_tokenizer(tmp_path, 640).encode("Write 7 in words.") == ids

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from handler.batcher import Batcher
+from handler.batcher import Batcher, Lockstep
 from handler.checkpoints.architecture import T5_FAMILY
 from handler.checkpoints.find import find_checkpoint, model_config
 from handler.checkpoints.partitioned import (
@@ -21,6 +21,7 @@ from handler.config import Configuration, Degree, configuration_of
 from handler.errors import LoadError, shown
 from handler.inference import Model
 from handler.machine import gpu_is_there
+from handler.ranks import World, world_of
 from handler.runner import Runner
 from handler.scheduler import Scheduler
 
@@ -79,14 +80,23 @@ def choose_backend(c: Configuration, folder: Path) -> tuple[str, str]:
     partition = read_partition(folder)
     if partition is not None:
         return _backend_of_partition(partition, c, folder)
-    if c.backend in ("onnxruntime", "transformers"):
+    if c.backend in ("fastertransformer", "onnxruntime", "transformers"):
         return c.backend, "option.backend"
     if c.backend != "auto":
         raise LoadError(
-            f"option.backend={c.backend} is not in this version, allowed are auto, onnxruntime "
-            "and transformers"
+            f"option.backend={c.backend} is not in this version, allowed are auto, "
+            "fastertransformer, onnxruntime and transformers"
         )
-    model_type = model_config(folder)["model_type"]
+    config = model_config(folder)
+    model_type = config["model_type"]
+    world = world_of()
+    if world.size > 1:
+        return "fastertransformer", f"rank {world.rank} of {world.size} under MPI"
+    if importlib.util.find_spec("fastertransformer") and c.device_id != -1 and gpu_is_there():
+        reason = _against_fastertransformer(config, c)
+        if reason is None:
+            return "fastertransformer", "its wheel is there, and a GPU"
+        logger.info("not backend fastertransformer: %s", reason)
     if model_type not in T5_FAMILY:
         return "transformers", f"model type {model_type} is not of the T5 family"
     if c.dtype in ("fp16", "bf16"):
@@ -99,6 +109,21 @@ def choose_backend(c: Configuration, folder: Path) -> tuple[str, str]:
     return "onnxruntime", f"model type {model_type} on a CPU"
 
 
+def _against_fastertransformer(config: dict[str, Any], c: Configuration) -> str | None:
+    """Why the wheel would not serve this model right, or None."""
+    from handler.engines import fastertransformer_loading as wheel
+
+    return wheel.refusal(config, c) or wheel.quality_warning(config, c)
+
+
+def _refuse_ranks(backend: str, world: World) -> None:
+    if world.size > 1 and backend != "fastertransformer":
+        raise LoadError(
+            f"option.backend={backend} runs in one process, mpirun started {world.size}: set "
+            "engine=Python and option.mpi_mode=false, or option.backend=fastertransformer"
+        )
+
+
 def _backend_of_partition(p: Partition, c: Configuration, folder: Path) -> tuple[str, str]:
     """The one engine that reads the folder. Raises LoadError where it is not asked for or there."""
     check_partition(p, folder, c)
@@ -108,12 +133,8 @@ def _backend_of_partition(p: Partition, c: Configuration, folder: Path) -> tuple
             f"{folder} is partitioned for backend {backend}, option.backend={c.backend}; set "
             "option.backend=auto or name the original checkpoint"
         )
-    if p.format != "native":
-        raise LoadError(
-            f"{folder} is partitioned for backend {p.format}, which is not in this version; name "
-            "the original checkpoint or partition with --format native"
-        )
-    if p.tensor_parallel_degree != 1 or p.dtype not in ("fp32", "int8"):
+    served = p.tensor_parallel_degree == 1 and p.dtype in ("fp32", "int8")
+    if p.format == "native" and not served:
         raise LoadError(
             f"{folder} is partitioned for tensor_parallel_degree={p.tensor_parallel_degree} and "
             f"dtype={p.dtype}, which no engine of this version serves; partition the original "
@@ -124,6 +145,15 @@ def _backend_of_partition(p: Partition, c: Configuration, folder: Path) -> tuple
 
 def _runner(backend: str, folder: Path, c: Configuration) -> Runner:
     """The engine, loaded, with what runs it. Engines are imported where they are used."""
+    world = world_of()
+    _refuse_ranks(backend, world)
+    if backend == "fastertransformer":
+        from handler.engines import fastertransformer
+
+        engine = fastertransformer.load(folder, c)
+        if world.size > 1:
+            return Lockstep(engine, c.max_queue, world, engine.seeds)
+        return Batcher(engine, c.max_queue)
     if backend == "onnxruntime":
         from handler.engines import onnx_t5
 

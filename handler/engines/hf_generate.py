@@ -21,6 +21,7 @@ from handler.engines.hf_loading import (
     token_rules,
 )
 from handler.engines.protocol import BatchEngine
+from handler.engines.token_lists import padded
 from handler.errors import LoadError
 from handler.generation import Generation
 from handler.machine import usable_cpus
@@ -38,6 +39,8 @@ SUPPORTED_PARAMETERS = frozenset(
     bad_words_list details return_log_probs return_full_text truncate ignore_eos_token
     """.split()
 )
+# Older ones cannot stop single rows (4.39), nor were they tried.
+_OLDEST = (4, 44)
 # What a batch of greedy or beam searches must agree on; the rest is done per request.
 _SHARED_BY_A_BATCH = operator.attrgetter(
     "max_new_tokens",
@@ -57,6 +60,7 @@ class HfGenerateEngine:
     their seed alone decides their text."""
 
     name = "transformers"
+    quality_warning = None
     supported_parameters = SUPPORTED_PARAMETERS
 
     def __init__(self, folder: Path, configuration: Configuration) -> None:
@@ -165,10 +169,7 @@ class HfGenerateEngine:
         """input_ids and attention_mask, [rows, longest prompt]."""
         import torch
 
-        longest = max(map(len, prompts))
-        pad = self.tokenizer.pad_token_id
-        ids = [[*prompt, *[pad] * (longest - len(prompt))] for prompt in prompts]
-        mask = [[1] * len(prompt) + [0] * (longest - len(prompt)) for prompt in prompts]
+        ids, mask = padded(prompts, self.tokenizer.pad_token_id)
         device = self._model.device
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
@@ -220,9 +221,15 @@ class _HandOver:
 def load(folder: Path, configuration: Configuration) -> BatchEngine:
     """The engine on the checkpoint in ``folder``. Raises LoadError."""
     try:
-        import transformers  # noqa: F401
+        import transformers
     except ImportError as error:
         raise LoadError(
             f"option.backend=transformers needs the packages torch and transformers: {error}"
         ) from error
+    version = transformers.__version__
+    if tuple(map(int, version.split(".")[:2])) < _OLDEST:
+        raise LoadError(
+            f"option.backend=transformers needs transformers {'.'.join(map(str, _OLDEST))} or "
+            f"newer, this image has {version}; take a newer image or another option.backend"
+        )
     return HfGenerateEngine(folder, configuration)

@@ -14,10 +14,16 @@ from handler.tokenizer import Tokenizer
 
 
 class Engine(Protocol):
-    """What both kinds have. An engine is called by one thread only."""
+    """What both kinds have. An engine is called by one thread only.
+
+    quality_warning: what is known to spoil its answers, or None.
+    """
 
     tokenizer: Tokenizer
     max_rows: int
+
+    @property
+    def quality_warning(self) -> str | None: ...
 
     def close(self) -> None: ...
 

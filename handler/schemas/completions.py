@@ -23,6 +23,7 @@ from handler.schemas.records import (
     EVENT_STREAM,
     check_finite,
     is_special,
+    log_probs_of,
     server_sent_event,
     text_alone,
     token_texts,
@@ -250,23 +251,31 @@ def _logprobs(result: GenerationResult, tokenizer: Tokenizer) -> Json:
     tops = result.top_tokens or ((),) * len(texts)
     tokens = [
         _token(token_id, log_prob, text, top, tokenizer)
-        for token_id, log_prob, text, top in zip(result.token_ids, result.log_probs, texts, tops)
+        for token_id, log_prob, text, top in zip(
+            result.token_ids, log_probs_of(result), texts, tops
+        )
     ]
     return _columns(tokens, _offsets(texts))
 
 
 def _token(
-    token_id: int, log_prob: float, text: str, tops: Sequence[TopToken], tokenizer: Tokenizer
-) -> tuple[str, float, dict[str, float] | None]:
+    token_id: int | None,
+    log_prob: float | None,
+    text: str,
+    tops: Sequence[TopToken],
+    tokenizer: Tokenizer,
+) -> tuple[str, float | None, dict[str, float | None] | None]:
     """Its text (a special token's name), its log-probability, and those of the likeliest, itself
     among them."""
-    name = text_alone(token_id, tokenizer) if is_special(token_id, tokenizer) else text
+    special = token_id is not None and is_special(token_id, tokenizer)
+    name = text_alone(token_id, tokenizer) if token_id is not None and special else text
     others = {text_alone(t.token_id, tokenizer): t.log_prob for t in tops if t.token_id != token_id}
     return name, log_prob, {name: log_prob, **others} if tops else None
 
 
 def _columns(
-    tokens: Sequence[tuple[str, float, dict[str, float] | None]], offsets: Iterable[int]
+    tokens: Sequence[tuple[str, float | None, dict[str, float | None] | None]],
+    offsets: Iterable[int],
 ) -> Json:
     tops = [top for _, _, top in tokens if top is not None]
     return {

@@ -8,7 +8,7 @@ OpenAPI document and huggingface_hub's classes (TGI). Beside these every ``detai
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Optional
 
 from handler.continuation import TopToken
 from handler.errors import RequestError
@@ -23,6 +23,7 @@ from handler.schemas.records import (
     is_special,
     json_line,
     lmi_error,
+    log_probs_of,
     server_sent_event,
     text_alone,
     token_texts,
@@ -33,7 +34,7 @@ _TGI_ERROR_TYPES = {400: "validation", 503: "overloaded", 504: "incomplete_gener
 
 Json = dict[str, Any]
 # id, text, log-probability, whether it is a special token -> how the schema writes it
-WriteToken = Callable[[int, str, float, bool], Json]
+WriteToken = Callable[[int, str, Optional[float], bool], Json]
 
 
 def _wants_details(request: ParsedRequest) -> bool:
@@ -51,7 +52,7 @@ def _common_details(result: GenerationResult) -> Json:
         "generated_tokens": len(result.token_ids),
         "input_tokens": result.input_tokens,
         "truncated": result.truncated,
-        "cumulative_log_prob": sum(result.log_probs),
+        "cumulative_log_prob": sum(result.log_probs) if result.log_probs else None,
     }
 
 
@@ -98,11 +99,11 @@ class Outputs(_InputsSchema):
         """Tokens as the vocabulary writes them."""
         check_finite(result)
 
-        def token(token_id: int, log_prob: float) -> Json:
+        def token(token_id: int, log_prob: float | None) -> Json:
             return {"id": token_id, "text": tokenizer.token(token_id), "log_prob": log_prob}
 
         details = _common_details(result)
-        details["tokens"] = list(map(token, result.token_ids, result.log_probs))
+        details["tokens"] = list(map(token, result.token_ids, log_probs_of(result)))
         if result.top_tokens:
             details["top_tokens"] = [
                 [token(top.token_id, top.log_prob) for top in tops] for tops in result.top_tokens
@@ -187,12 +188,12 @@ class Tgi(TgiGenerate):
     _always_a_list = True
 
 
-def _lmi_token(token_id: int, text: str, log_prob: float, special: bool) -> Json:
+def _lmi_token(token_id: int | None, text: str, log_prob: float | None, special: bool) -> Json:
     token = {"id": token_id, "text": text, "log_prob": log_prob}
     return {**token, "special_token": True} if special else token
 
 
-def _tgi_token(token_id: int, text: str, log_prob: float, special: bool) -> Json:
+def _tgi_token(token_id: int | None, text: str, log_prob: float | None, special: bool) -> Json:
     return {"id": token_id, "text": text, "logprob": log_prob, "special": special}
 
 
@@ -202,7 +203,7 @@ def _tokens(result: GenerationResult, tokenizer: Tokenizer, token: WriteToken) -
     texts = token_texts(result.token_ids, tokenizer)
     tokens = [
         token(token_id, text, log_prob, is_special(token_id, tokenizer))
-        for token_id, text, log_prob in zip(result.token_ids, texts, result.log_probs)
+        for token_id, text, log_prob in zip(result.token_ids, texts, log_probs_of(result))
     ]
     if not result.top_tokens:
         return {"tokens": tokens}

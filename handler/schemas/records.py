@@ -43,12 +43,17 @@ def lmi_error(error: RequestError) -> dict[str, Any]:
 def check_finite(told: GenerationResult | TokenEvent) -> None:
     """Raises RequestError for log-probabilities that JSON has no word for."""
     log_probs = told.log_probs if isinstance(told, GenerationResult) else (told.log_prob,)
-    if not all(map(math.isfinite, log_probs)):
+    if not all(log_prob is None or math.isfinite(log_prob) for log_prob in log_probs):
         raise RequestError(
             "the model computed log-probabilities that are no numbers; set option.dtype to bf16 or "
             "fp32, or check its weights",
             424,
         )
+
+
+def log_probs_of(result: GenerationResult) -> Sequence[float | None]:
+    """One a token, null where the engine does not tell them."""
+    return result.log_probs or [None] * len(result.token_ids)
 
 
 def token_texts(token_ids: Sequence[int], tokenizer: Tokenizer) -> Iterator[str]:
@@ -66,8 +71,10 @@ def text_alone(token_id: int, tokenizer: Tokenizer) -> str:
     return tokenizer.token(token_id).replace("▁", " ")
 
 
-def is_special(token_id: int, tokenizer: Tokenizer) -> bool:
+def is_special(token_id: int | None, tokenizer: Tokenizer) -> bool:
     """Whether a token, like ``</s>``, is left out of every text."""
+    if token_id is None:
+        return False
     name = tokenizer.token(token_id)
     is_named = len(name) > 2 and name.startswith("<") and name.endswith(">")
     return is_named and not tokenizer.decode([token_id])

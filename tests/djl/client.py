@@ -11,10 +11,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from djl.jars import jars_of
@@ -147,13 +148,20 @@ StartDjl = Callable[[str, dict[str, str]], AbstractContextManager[DjlClient]]
 
 
 @contextmanager
-def djl(version: str, model_folder: Path, options: dict[str, str]) -> Iterator[DjlClient]:
+def djl(
+    version: str,
+    model_folder: Path,
+    options: dict[str, str],
+    *,
+    engine: str = "Python",
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[DjlClient]:
     """DJL's engine of that version with the model loaded; ``options`` win over the folder's."""
     tries_left = _STARTS.get(version, 1)
     while tries_left:
         tries_left -= 1
         try:
-            with _started(version, model_folder, options) as client:
+            with _started(version, engine, model_folder, options, environment) as client:
                 yield client
                 return
         except _StartMissed:
@@ -162,14 +170,20 @@ def djl(version: str, model_folder: Path, options: dict[str, str]) -> Iterator[D
 
 
 @contextmanager
-def _started(version: str, model_folder: Path, options: dict[str, str]) -> Iterator[DjlClient]:
+def _started(
+    version: str,
+    engine: str,
+    model_folder: Path,
+    options: dict[str, str],
+    environment: Mapping[str, str],
+) -> Iterator[DjlClient]:
     with tempfile.TemporaryDirectory(prefix="djl-", ignore_cleanup_errors=True) as folder:
         log = Path(folder, "log")
-        arguments = [str(jars_of(version)), str(model_folder), folder, json.dumps(options)]
+        arguments = [str(jars_of(version)), engine, str(model_folder), folder, json.dumps(options)]
         with log.open("w") as stderr:
             process = subprocess.Popen(
                 [sys.executable, str(_JAVA_CLIENT), *arguments],
-                env=_environment(folder),
+                env={**_environment(folder), **environment},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

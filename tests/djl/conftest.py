@@ -12,11 +12,12 @@ import pytest
 from djl.client import SYNC, DjlClient, StartDjl, djl
 
 ROOT = Path(__file__).resolve().parents[2]
-MISSING = [tool for tool in ("java", "mvn") if shutil.which(tool) is None]
+# cc: for the CUDA runtime that reports GPUs to DJL's MPI engines
+MISSING = [tool for tool in ("java", "mvn", "cc") if shutil.which(tool) is None]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def java_and_maven() -> None:
+def tools() -> None:
     if MISSING:
         outcome = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
         outcome(f"not installed: {', '.join(MISSING)}")

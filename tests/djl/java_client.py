@@ -1,8 +1,8 @@
 """Drives DJL's own Java engine: a command per line of stdin, its answers on a line of stdout.
 
 A process of its own, because a process can start one JVM only, and the leader of its group.
-Arguments: the folder of jars, the model folder, a temporary folder for DJL, and the engine's
-options as JSON.
+Arguments: the folder of jars, the engine's name, the model folder, a temporary folder for DJL, and
+the engine's options as JSON.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Message = dict[str, Any]
 _PIECE_SECONDS = 120
 
 
-def main(jars: str, model_folder: str, temporary_folder: str, options: str) -> None:
+def main(jars: str, engine: str, model_folder: str, temporary_folder: str, options: str) -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever Java prints is log
 
@@ -37,7 +37,7 @@ def main(jars: str, model_folder: str, temporary_folder: str, options: str) -> N
     jpype.startJVM(f"-Djava.io.tmpdir={temporary_folder}", classpath=[f"{jars}/*"])
     # Java would wait for the worker and, in async mode, start another for the one that ends.
     atexit.register(os.killpg, 0, signal.SIGKILL)
-    predictor = new_predictor(model_folder, json.loads(options))
+    predictor = new_predictor(engine, model_folder, json.loads(options))
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(execute(predictor, line)), file=answers, flush=True)
@@ -64,8 +64,8 @@ def execute(predictor: Any, line: str) -> list[Message] | str:
         return str(exception)
 
 
-def new_predictor(model_folder: str, options: dict[str, str]) -> Any:
-    """Load the model: DJL starts its Python worker and sends it the empty first call."""
+def new_predictor(engine: str, model_folder: str, options: dict[str, str]) -> Any:
+    """Load the model: DJL starts its Python workers and sends them the empty first call."""
     from ai.djl.modality import Input, Output
     from ai.djl.repository.zoo import Criteria
     from java.nio.file import Paths
@@ -74,7 +74,7 @@ def new_predictor(model_folder: str, options: dict[str, str]) -> Any:
         Criteria.builder()
         .setTypes(Input, Output)
         .optModelPath(Paths.get(model_folder))
-        .optEngine("Python")
+        .optEngine(engine)
     )
     for name, value in options.items():
         criteria.optOption(name, value)

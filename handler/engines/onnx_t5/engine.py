@@ -61,6 +61,7 @@ class OnnxT5StepEngine:
         self.tokenizer = tokenizer
         self.decoder_start_token_id = architecture.decoder_start_token_id
         self.max_rows = max_rows
+        self.quality_warning = None
         self.max_input_tokens = max_input_tokens
         self.max_output_tokens = max_output_tokens
         self._architecture = architecture

@@ -41,6 +41,14 @@ class Batcher(Runner):
     def _run(self) -> None:
         while self._waiting.wait():
             self._run_batch()
+
+    def _in_progress(self) -> list[Generation]:
+        return list(self._running)
+
+    def _forget(self) -> None:
+        self._running = []
+
+    def _free(self) -> None:
         self._engine.close()
 
     def _run_batch(self) -> None:
@@ -99,6 +107,10 @@ class Lockstep(Batcher):
 
     def _start(self) -> None:
         """No thread."""
+
+    @property
+    def healthy(self) -> bool:
+        return not self._waiting.closed
 
     def new_seed(self) -> int:
         return self._seeds.getrandbits(64)

@@ -57,6 +57,8 @@ class Model:
         self.limits = ParameterLimits(max_input_tokens, max_output_tokens, runner.max_rows)
         self._runner = runner
         self._guides = Guides(runner.tokenizer)
+        # A model that nobody holds any more frees its engine when all it took is answered.
+        weakref.finalize(self, runner.drain).atexit = False
 
     @property
     def waiting(self) -> int:
@@ -67,6 +69,11 @@ class Model:
     def running(self) -> int:
         """Prompts that are being answered."""
         return self._runner.running
+
+    @property
+    def healthy(self) -> bool:
+        """Whether requests are answered: not closed, and its engine's thread alive."""
+        return self._runner.healthy
 
     @property
     def encoder_cache_use(self) -> tuple[int, int]:

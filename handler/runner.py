@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import atexit
+import logging
+import os
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from handler.errors import RequestError, as_request_error
 from handler.generation import Generation
 from handler.parameters import random_seed
 from handler.waiting import WaitingPrompts
 
 if TYPE_CHECKING:
     from handler.engines.protocol import Engine
+
+
+logger = logging.getLogger(__name__)
+
+_GOODBYE_SECONDS = 10.0
+_running: weakref.WeakSet[Runner] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """Python must not be taken down around a thread that is inside an engine: it would abort."""
+    for runner in tuple(_running):
+        runner.abandon()
 
 
 class Runner(ABC):
@@ -30,7 +48,14 @@ class Runner(ABC):
         self.max_rows = engine.max_rows
         self.quality_warning = engine.quality_warning
         self._waiting = WaitingPrompts(max_queue)
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._process = os.getpid()
+        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+        _running.add(self)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether what is submitted will be answered."""
+        return self._thread.is_alive() and not self._waiting.closed
 
     @property
     def waiting(self) -> int:
@@ -49,10 +74,17 @@ class Runner(ABC):
 
     def check_room(self, count: int) -> None:
         """Raises RequestError where so many prompts could not be queued now."""
+        if os.getpid() != self._process:  # threads stay behind, and so do the locks they hold
+            raise RequestError(
+                "the model was loaded in another process, from which this one was forked; load it "
+                "after the fork",
+                503,
+            )
         self._waiting.check_room(count)
 
     def submit(self, generations: Sequence[Generation]) -> None:
         """Queue all of a client's prompts or, raising RequestError, none."""
+        self.check_room(len(generations))
         self._waiting.submit(generations)
 
     def new_seed(self) -> int:
@@ -67,9 +99,49 @@ class Runner(ABC):
 
     def close(self) -> None:
         """Finish what runs, refuse what waits, free the engine."""
-        self._waiting.close()
-        self._thread.join()
+        if os.getpid() == self._process:
+            self._waiting.close()
+            self._thread.join()
+
+    def drain(self) -> None:
+        """Take nothing more; when what was taken is done, the engine is freed."""
+        if os.getpid() == self._process:
+            self._waiting.close(refuse=False)
+
+    def abandon(self) -> None:
+        """As close, but what runs is cancelled."""
+        if os.getpid() == self._process and self._thread.is_alive():
+            self._waiting.close()
+            for generation in self._in_progress():
+                generation.future.cancel()
+            self._thread.join(_GOODBYE_SECONDS)
+
+    def _serve(self) -> None:
+        """The thread. Whatever fails, everybody is answered and the next ones are served."""
+        while True:
+            try:
+                self._run()
+                break
+            except BaseException as error:
+                logger.critical("the engine's thread failed and goes on", exc_info=error)
+                failure = as_request_error(error)
+                for generation in (*self._in_progress(), *self._waiting.remove_all()):
+                    generation.fail(failure)
+                self._forget()
+        self._free()
 
     @abstractmethod
     def _run(self) -> None:
-        """The thread: serve until the queue is closed, then close the engine."""
+        """Serve until the queue is closed and empty."""
+
+    @abstractmethod
+    def _in_progress(self) -> Sequence[Generation]:
+        """What has left the queue and is not done."""
+
+    @abstractmethod
+    def _forget(self) -> None:
+        """Drop what is in progress."""
+
+    @abstractmethod
+    def _free(self) -> None:
+        """Close the engine."""

@@ -71,6 +71,16 @@ class Scheduler(Runner):
         while self._rows or self._encoder.generations or self._waiting.wait():
             self._encode_for_a_while()
             self._decode()
+
+    def _in_progress(self) -> list[Generation]:
+        generations = [row.generation for row in tuple(self._rows)]
+        return [*generations, *self._encoder.generations]
+
+    def _forget(self) -> None:
+        self._rows = []
+        self._encoder.stop()
+
+    def _free(self) -> None:
         self._engine.close()
 
     def _encode_for_a_while(self) -> None:

@@ -155,7 +155,9 @@ class _Application:
     # What the model is
 
     async def _ping(self, request: Request) -> Response:
-        return JSONResponse({self._name: {"status": "Healthy"}})
+        healthy = self._service.model.healthy
+        status = "Healthy" if healthy else "Unhealthy"
+        return JSONResponse({self._name: {"status": status}}, 200 if healthy else 500)
 
     async def _models(self, request: Request) -> Response:
         model = {"modelName": self._name, "modelUrl": self._url(), "status": "READY"}

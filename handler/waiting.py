@@ -25,6 +25,10 @@ class WaitingPrompts:
     def __len__(self) -> int:
         return sum(map(len, tuple(self._lists)))
 
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
     def submit(self, generations: Sequence[Generation]) -> None:
         """Queue all of a client's prompts or, raising RequestError, none."""
         with self._changed:
@@ -52,10 +56,10 @@ class WaitingPrompts:
                 )
 
     def wait(self) -> bool:
-        """Block until a prompt waits; False when closed."""
+        """Block until a prompt waits; False when closed and none is left."""
         with self._changed:
             self._changed.wait_for(lambda: self._lists or self._closed)
-            return not self._closed
+            return bool(self._lists)
 
     def take(
         self, most: int, accepts: Callable[[Generation], bool] = lambda _: True
@@ -72,15 +76,20 @@ class WaitingPrompts:
             self._remove(taken)
             return taken
 
-    def close(self) -> None:
-        """Refuse what waits and what comes."""
+    def close(self, *, refuse: bool = True) -> None:
+        """Refuse what comes and, unless told otherwise, what waits."""
         with self._changed:
             self._closed = True
-            refused = list(self._in_turn())
-            self._lists.clear()
             self._changed.notify_all()
-        for generation in refused:
-            generation.fail(_unloading())
+        if refuse:
+            for generation in self.remove_all():
+                generation.fail(_unloading())
+
+    def remove_all(self) -> list[Generation]:
+        with self._changed:
+            removed = list(self._in_turn())
+            self._lists.clear()
+            return removed
 
     def _in_turn(self) -> Iterator[Generation]:
         for turn in range(max(map(len, self._lists), default=0)):

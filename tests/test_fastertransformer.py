@@ -18,6 +18,8 @@ from handler.engines import Model, init_inference
 from handler.errors import LoadError, RequestError
 from handler.generation import GenerationRequest, GenerationResult
 from handler.parameters import parse_parameters
+from handler.responses import StreamReply
+from handler.service import Service
 
 DOUBLE = Path(__file__).with_name("fastertransformer_double")
 PROMPTS = ["Write 1999 in words.", "Count from 3 to 9.", "Sort these words: warm, cat, apple"]
@@ -281,6 +283,26 @@ def test_a_stream_of_the_wheels_own_object_tells_tokens(start: Start) -> None:
     assert result is not None
     assert tuple(event.token_id for event in events) == result.token_ids
     assert "".join(event.text for event in events) == result.text
+
+
+@pytest.mark.parametrize("form", [OWN, STREAMING])
+def test_a_stream_as_clients_get_it(
+    wheel: object, demo: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """Triton tells no tokens: their ids and log-probabilities are null."""
+    monkeypatch.setenv("FT_DOUBLE_FORM", form)
+    service = Service()
+    service.load(
+        configuration_of(str(demo), backend="fastertransformer", enable_streaming=form == STREAMING)
+    )
+    answer = service.answer(json.dumps({"inputs": PROMPTS[1], "stream": True}).encode())
+    assert isinstance(answer, StreamReply)
+    records = [json.loads(line) for line in b"".join(answer.stream).splitlines()]
+    service.close()
+    assert "".join(r["token"]["text"] for r in records) == records[-1]["generated_text"]
+    assert len(records) > 2
+    assert {r["token"]["log_prob"] for r in records} == {None}
+    assert ({r["token"]["id"] for r in records} == {None}) == (form == STREAMING)
 
 
 # Refused requests

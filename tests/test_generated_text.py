@@ -234,3 +234,14 @@ def test_the_likeliest_tokens_of_a_streams_step() -> None:
 def test_an_error_is_a_record_of_the_stream(schema: str, piece: bytes) -> None:
     writer = SCHEMAS[schema].stream(parsed(schema, "a", stream=True), TOKENIZER, "")
     assert writer.error(RequestError("late", 504)) == piece
+
+
+@pytest.mark.parametrize(
+    ("schema", "name"), [("outputs", "log_prob"), ("lmi", "log_prob"), ("tgi", "logprob")]
+)
+def test_log_probs_that_the_engine_does_not_tell_are_null(schema: str, name: str) -> None:
+    body = answer(schema, "a", replace(RESULT, log_probs=()), details=True)
+    (item,) = body if schema == "tgi" else [body]
+    (details,) = item["details"] if schema == "outputs" else [item["details"]]
+    assert details["cumulative_log_prob"] is None
+    assert [token[name] for token in details["tokens"]] == [None, None]

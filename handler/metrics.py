@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import generate_latest
@@ -10,6 +11,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from handler.service import Service
+
+_CACHE_FIGURES = (
+    ("handler_encoder_cache_hits", "Prompts that the encoder had read already."),
+    ("handler_encoder_cache_misses", "Prompts that it had to read."),
+)
+
+
+def _cache_use(service: Service, place: int) -> float:
+    return service.model.encoder_cache_use[place]
 
 
 class Metrics:
@@ -32,6 +42,9 @@ class Metrics:
             "handler_prompts_running", "Prompts being answered.", registry=self._registry
         )
         running.set_function(lambda: service.model.running)
+        for place, (name, meaning) in enumerate(_CACHE_FIGURES):
+            count = Gauge(name, meaning, registry=self._registry)
+            count.set_function(partial(_cache_use, service, place))
 
     def answered(self, status: int, start: float) -> None:
         """Count an answer whose request was read at ``start``, of time.perf_counter."""

@@ -107,6 +107,8 @@ def assert_alike(found: object, told: object) -> None:
         assert isinstance(found, dict)
         assert list(found) == list(told)
         for name in told:
+            if name in ("input_cached", "timing"):  # of the moment
+                continue
             if not ("object" in told and name in ("id", "created")):
                 assert_alike(found[name], told[name])
     elif isinstance(told, list):

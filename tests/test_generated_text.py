@@ -34,6 +34,8 @@ COMMON = {
     "input_tokens": 4,
     "truncated": False,
     "cumulative_log_prob": -0.75,
+    "input_cached": False,
+    "timing": {"waited_ms": 0.0, "generated_ms": 0.0},
 }
 OUR_TOKENS = [
     {"id": SEVEN, "text": "7", "log_prob": -0.25},

@@ -2,7 +2,7 @@
 
 Field names are those of djl_python's output_formatter (LMI), and of text-generation-inference's
 OpenAPI document and huggingface_hub's classes (TGI). Beside these every ``details`` has
-``input_tokens``, ``truncated`` and ``cumulative_log_prob``.
+``input_tokens``, ``truncated``, ``cumulative_log_prob``, ``input_cached`` and ``timing``.
 """
 
 from __future__ import annotations
@@ -53,6 +53,11 @@ def _common_details(result: GenerationResult) -> Json:
         "input_tokens": result.input_tokens,
         "truncated": result.truncated,
         "cumulative_log_prob": sum(result.log_probs) if result.log_probs else None,
+        "input_cached": result.input_cached,
+        "timing": {
+            "waited_ms": round(1e3 * result.timing.waited, 3),
+            "generated_ms": round(1e3 * result.timing.generated, 3),
+        },
     }
 
 

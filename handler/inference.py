@@ -167,6 +167,10 @@ class Model:
         self._runner.submit([one for several in generations for one in several])
         return [_joined([one.future for one in several]) for several in generations]
 
+    def new_seed(self) -> int:
+        """For a request that gives none; all MPI ranks draw the same."""
+        return self._runner.new_seed()
+
     def run_submitted(self) -> None:
         """See Runner."""
         self._runner.run_submitted()

@@ -277,7 +277,8 @@ class Service:
         return [self.model.submit_stream(prompt, on_event)]
 
     def _deployment(self) -> Deployment:
-        return Deployment(self.model.limits, self.configuration.prompt_template, self.model_name)
+        model, template = self.model, self.configuration.prompt_template
+        return Deployment(model.limits, template, self.model_name, model.new_seed)
 
     def _writer(self, submitted: _Submitted, wanted: Wanted) -> StreamWriter:
         return submitted.schema.stream(submitted.request, self.model.tokenizer, wanted.accept)

@@ -93,6 +93,7 @@ class Completions:
             parameters=parse_parameters(raw, deployment.limits),
             template=deployment.prompt_template,
             variables={},
+            new_seed=deployment.new_seed,
         )
         return CompletionRequest(
             **vars(request),

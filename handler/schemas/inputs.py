@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from handler.errors import RequestError, nearest, shown
 from handler.generation import GenerationRequest, checked_text
-from handler.parameters import GenerationParameters, parse_parameters, random_seed
+from handler.parameters import GenerationParameters, parse_parameters
 from handler.prompt_template import INPUT, TemplateError, filled, placeholders
 from handler.schemas.protocol import Deployment, ParsedRequest
 
@@ -29,6 +29,7 @@ def parse_inputs(body: Mapping[str, Any], deployment: Deployment) -> ParsedReque
         parameters=parse_parameters(_with_regex(_raw_parameters(body)), deployment.limits),
         template=_template(body.get("template"), deployment.prompt_template),
         variables=_variables(body.get("variables")),
+        new_seed=deployment.new_seed,
     )
 
 
@@ -47,6 +48,7 @@ def request_of(
     parameters: GenerationParameters,
     template: str,
     variables: Mapping[str, str],
+    new_seed: Callable[[], int],
 ) -> ParsedRequest:
     """Raises RequestError where the template and its variables do not fit, or for a list that is
     to be streamed."""
@@ -56,15 +58,16 @@ def request_of(
             "false"
         )
     prompts = tuple(
-        GenerationRequest(text, _seeded(parameters)) for text in filled(template, inputs, variables)
+        GenerationRequest(text, _seeded(parameters, new_seed))
+        for text in filled(template, inputs, variables)
     )
     return ParsedRequest(inputs, is_list, parameters, prompts)
 
 
-def _seeded(parameters: GenerationParameters) -> GenerationParameters:
+def _seeded(parameters: GenerationParameters, new_seed: Callable[[], int]) -> GenerationParameters:
     """With the seed that is drawn where the client gave none, so that its answer can tell it."""
     if parameters.samples and parameters.seed is None:
-        return replace(parameters, seed=random_seed())
+        return replace(parameters, seed=new_seed())
     return parameters
 
 

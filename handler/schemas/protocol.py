@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from handler.errors import RequestError
 from handler.generation import GenerationRequest, GenerationResult, ScoreRequest, TokenEvent
-from handler.parameters import GenerationParameters, ParameterLimits
+from handler.parameters import GenerationParameters, ParameterLimits, random_seed
 from handler.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """What a request is read against. model_name: what answers call the model."""
+    """What a request is read against.
+
+    model_name: what answers call the model. new_seed: draws one for a request that gives none, on
+    all MPI ranks the same.
+    """
 
     limits: ParameterLimits = ParameterLimits()
     prompt_template: str = "{input}"
     model_name: str = "model"
+    new_seed: Callable[[], int] = random_seed
 
 
 @dataclass(frozen=True)

@@ -51,11 +51,15 @@ def to_async_output(answer: Reply) -> Output:
 
 async def to_async_outputs(answer: StreamReply[AsyncStream]) -> AsyncIterator[Output]:
     """For DJL's async mode: an Output for each piece. An error is a piece too: Java would write
-    it in a form of its own."""
+    it in a form of its own.
+
+    An empty one ends the stream. Java's ChunkedBytesSupplier notes the end before it has the last
+    piece, and who looks in between never gets that.
+    """
     try:
         async for piece in answer.stream:
-            content = {"data": piece.decode(), "last": answer.stream.ended}
-            yield _async_output(answer, content)
+            yield _async_output(answer, {"data": piece.decode(), "last": False})
+        yield _async_output(answer, {"data": "", "last": True})
     finally:
         answer.stream.close()
 

@@ -238,10 +238,11 @@ def test_a_client_that_leaves_frees_its_row(patient: httpx.Client) -> None:
 
 def test_a_client_that_leaves_before_the_first_token(patient: httpx.Client) -> None:
     with patient.stream("POST", "/invocations", json=ENDLESS_STREAM) as running:
-        next(running.iter_bytes())
+        pieces = running.iter_bytes()  # httpx leaves where nobody holds its iterator
+        next(pieces)
         with pytest.raises(httpx.ReadTimeout):
             patient.post("/invocations", json=ENDLESS_STREAM, timeout=0.5)
-        until(lambda: metric(patient, "handler_prompts_waiting") == 0)
+    # the one that waited would now have the only row, for ever
     assert ask(patient, PROMPT, max_tokens=5)
 
 

@@ -21,7 +21,7 @@ from handler.scheduler import SUPPORTED_PARAMETERS as OF_SCHEDULER
 
 HERE = Path(__file__).resolve().parent
 
-_DEFAULT_WORDS = {(): "none", None: "random"}
+_DEFAULT_WORDS = {(): "none", None: "none"}
 _SET_BY_DJL = ("model_dir", "device_id")
 
 PROPERTIES_HEAD = """\
@@ -75,7 +75,8 @@ def parameters() -> str:
     rows = []
     for name, field in PARAMETERS.items():
         m = field.metadata
-        default = _DEFAULT_WORDS.get(field.default) or _code(json.dumps(field.default))
+        words = {**_DEFAULT_WORDS, None: "random"} if name == "seed" else _DEFAULT_WORDS
+        default = words.get(field.default) or _code(json.dumps(field.default))
         others = _in_brackets([f"`{alias}`" for alias in m["aliases"]])
         engines = [
             backend

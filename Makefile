@@ -13,7 +13,7 @@ serve: $(VENV)/serve.done  ## install, then serve the demo model on http://127.0
 	$(BIN)/python -m handler serve $(ARGS)
 
 test: $(VENV)/test.done  ## install, then run the tests (8 minutes at most on 2 cores)
-	$(BIN)/python -m pytest -m "not long" $(ARGS)
+	$(BIN)/python -m pytest -m "not long" -n auto --dist worksteal $(ARGS)
 
 test-long: $(VENV)/test.done  ## the tests that take longer
 	$(BIN)/python -m pytest -m long $(ARGS)

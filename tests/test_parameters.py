@@ -35,6 +35,8 @@ ALIASES = {
     "bad_words": "bad_words_list",
     "is_return_output_log_probs": "return_log_probs",
     "is_return_cum_log_probs": "return_log_probs",
+    "guided_regex": "regex",
+    "guided_choice": "choices",
 }
 
 

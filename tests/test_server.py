@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from conftest import ROOT, serving
+from conftest import ROOT, lasting, serving
 
 from handler.cli.serve import bind, listen
 from handler.errors import LoadError
@@ -235,7 +235,10 @@ def test_details(server: httpx.Client) -> None:
         assert detail["cumulative_log_prob"] == pytest.approx(sum(t["log_prob"] for t in tokens))
         for token in tokens:
             assert set(token) == {"id", "text", "log_prob"}
-    assert ask(server, PROMPTS, is_return_output_log_probs=True) == body
+    again = ask(server, PROMPTS, is_return_output_log_probs=True)
+    assert lasting(again) == lasting(body)
+    assert all(detail["input_cached"] for detail in again["details"])
+    assert all(detail["timing"]["generated_ms"] > 0 for detail in again["details"])
 
 
 def test_why_an_answer_ended(server: httpx.Client) -> None:
@@ -419,7 +422,7 @@ def test_answers_as_tgi_gives_them(patient: httpx.Client) -> None:
     one = ask(patient, PROMPT, details=True)
     (answer,) = one
     assert set(answer) == {"generated_text", "details"}
-    assert ask(patient, [PROMPT], details=True) == one
+    assert lasting(ask(patient, [PROMPT], details=True)) == lasting(one)
     texts = [item["generated_text"] for item in ask(patient, PROMPTS[:2])]
     assert texts == [ask(patient, prompt)[0]["generated_text"] for prompt in PROMPTS[:2]]
 

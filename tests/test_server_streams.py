@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import serving
+from conftest import lasting, serving
 from random_checkpoints import write_checkpoint
 from test_server import (
     ENDLESS_OPTIONS,
@@ -65,7 +65,7 @@ def test_stream_among_the_parameters(server: httpx.Client) -> None:
     records = lines(server.post("/invocations", json=body))
     (whole,) = ask(server, COUNT, details=True)["details"]
     assert [r["token"]["id"] for r in records] == [token["id"] for token in whole["tokens"]]
-    details = records[-1]["details"]
+    details, whole = lasting(records[-1]["details"]), lasting(whole)
     assert {name: details[name] for name in whole if name in details} == {
         name: value for name, value in whole.items() if name != "tokens"
     }

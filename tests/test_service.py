@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BACKEND
+from conftest import BACKEND, lasting
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -178,7 +178,10 @@ def test_blocking_and_async_streams_are_the_same(service: Service) -> None:
 
     answer = service.answer(body)
     assert isinstance(answer, StreamReply)
-    assert b"".join(answer.stream) == asyncio.run(read())
+    blocking, others = b"".join(answer.stream), asyncio.run(read())
+    assert [lasting(json.loads(line)) for line in blocking.splitlines()] == [
+        lasting(json.loads(line)) for line in others.splitlines()
+    ]
 
 
 def test_many_streams_at_once_take_no_threads(service: Service) -> None:

@@ -24,7 +24,7 @@ TOKENIZER = ByteTokenizer()
 EOS = TOKENIZER.eos_token_id
 RESULT = GenerationResult("ab", (100, 101, EOS), (-0.5,) * 3, "eos_token", input_tokens=2)
 EVENTS = [TokenEvent("a", 100, -0.5), TokenEvent("b", 101, -0.5), TokenEvent("", EOS, 0.0, RESULT)]
-LONG = Deadline(60)
+LONG = Deadline(3600)  # it begins when this file is read
 
 Put = Callable[[Any], None]
 

@@ -15,7 +15,7 @@ serve: $(VENV)/serve.done  ## install, then serve the demo model on http://127.0
 test: $(VENV)/test.done  ## install, then run the tests (8 minutes at most on 2 cores)
 	$(BIN)/python -m pytest -m "not long" -n auto --dist worksteal $(ARGS)
 
-test-long: $(VENV)/test.done  ## the tests that take longer
+test-long: $(VENV)/test-long.done  ## the tests that take longer
 	$(BIN)/python -m pytest -m long $(ARGS)
 
 lint: $(VENV)/test.done  ## format, lint, types
@@ -40,6 +40,10 @@ $(VENV)/serve.done: pyproject.toml | $(VENV)/bin/python
 $(VENV)/test.done: pyproject.toml | $(VENV)/bin/python
 	$(PIP) install -q -e '.[transformers,test,lint]'
 	@touch $@ $(VENV)/serve.done
+
+$(VENV)/test-long.done: pyproject.toml | $(VENV)/bin/python
+	$(PIP) install -q -e '.[transformers,test,lint,lm-eval]'
+	@touch $@ $(VENV)/test.done $(VENV)/serve.done
 
 $(VENV)/bench.done: pyproject.toml | $(VENV)/bin/python
 	$(PIP) install -q -e '.[bench]'

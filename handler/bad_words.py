@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from handler.errors import RequestError, shown
@@ -25,11 +26,17 @@ def bad_word_ids(
     within a word; ids forbid themselves. Raises RequestError for a word that the vocabulary cannot
     write, and for the end of the text.
     """
+    return _ids_of(tuple(w if isinstance(w, str) else tuple(w) for w in words), tokenizer)
+
+
+@lru_cache(maxsize=64)  # a client's list has the same words for all of its inputs
+def _ids_of(words: tuple[StopSequence, ...], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
     sequences: dict[tuple[int, ...], None] = {}
     for word in words:
         forms = _forms(word, tokenizer) if isinstance(word, str) else [tuple(word)]
         for ids in forms:
-            if not ids or max(ids) >= tokenizer.size:
+            lacking = not ids or max(ids) >= tokenizer.size
+            if lacking or (isinstance(word, str) and tokenizer.unk_token_id in ids):
                 raise RequestError(
                     f"parameter 'bad_words_list' must hold words of this model's "
                     f"{tokenizer.size} tokens, got {shown(word)}"

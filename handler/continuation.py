@@ -89,10 +89,8 @@ class Continuation:
     def text(self) -> str:
         """The whole text, cut before a stop sequence; finish_reason then says that it was one."""
         ids = self.token_ids
-        for stop in self._stop_ids:
-            if ids[-len(stop) :] == stop:
-                ids = ids[: -len(stop)]
-                break
+        cut = max((len(stop) for stop in self._stop_ids if ids[-len(stop) :] == stop), default=0)
+        ids = ids[: len(ids) - cut]
         text = self._tokenizer.decode(ids) if self._has_tokens else self._text
         cuts = [at for at in map(text.find, self._stop_texts) if at >= 0]
         if not cuts:

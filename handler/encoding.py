@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from handler.encoder_cache import EncoderCache
-from handler.generation import Generation
+from handler.generation import Generation, SharedEncoding
 
 if TYPE_CHECKING:
     from handler.engines.protocol import StepEngine
@@ -28,6 +29,7 @@ class PromptEncoder:
         self._engine = engine
         self._cache = cache
         self._prompts: list[list[int]] = []
+        self._shared: weakref.WeakSet[SharedEncoding] = weakref.WeakSet()
         self._parts: Iterator[Sequence[Any] | None] = iter(())
 
     def known(self, generation: Generation) -> Ready | None:
@@ -77,5 +79,14 @@ class PromptEncoder:
         shared = generation.encoding
         if shared is not None:
             shared.users -= 1
-            shared.handle = handle if shared.users > 0 else None
+            self._share(shared, handle)
         return Ready(generation, handle, cached)
+
+    def _share(self, shared: SharedEncoding, handle: Any) -> None:
+        """Keep the handle for those that come; of more prompts than rows it is read again."""
+        if shared.users == 0:
+            shared.handle = None
+            self._shared.discard(shared)
+        elif shared.handle is None and len(self._shared) < self._engine.max_rows:
+            shared.handle = handle
+            self._shared.add(shared)

@@ -47,12 +47,13 @@ class GenerationRequest:
 class ScoreRequest:
     """One prompt and the answers whose probability is asked for.
 
-    Of the parameters ``truncate`` and ``top_n_tokens`` count.
+    Of the parameters ``truncate`` and ``top_n_tokens`` count. field: what errors call the targets.
     """
 
     input: str
     targets: tuple[str, ...]
     parameters: GenerationParameters = GenerationParameters()
+    field: str = "targets"
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class TokenEvent:
     top_tokens: tuple[TopToken, ...] = ()
 
 
-@dataclass
+@dataclass(eq=False)
 class SharedEncoding:
     """The encoder's handle of a prompt for the generations that share it.
 

@@ -10,7 +10,8 @@ import logging
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -33,6 +34,7 @@ _LONGEST_REASON = 150
 _IN_SLASHES = re.compile(r"\\.|/|\n|\r", re.DOTALL)
 # Characters that stand for themselves, escaped or not
 _LITERAL = re.compile(r"\\(\W)|\\\w|([^\\^$.|?*+()\[\]{}])")
+_ANCHORS = re.compile(r"\A\^|(?<!\\)\$\Z")
 _ESCAPES = {"/": r"\/", "\n": r"\n", "\r": r"\r"}
 
 
@@ -87,10 +89,10 @@ class RegexGuide:
         self._tokens = tokens
 
     def allowed(self) -> Ids:
-        """None where the expression has become too large to follow."""
+        """None at all where the expression has become too large to follow."""
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
-            logger.warning("a regex cannot be followed: %s", self.error)
+            logger.info("a regex cannot be followed: %s", self.error)
             return np.zeros(0, np.int64)
         return np.flatnonzero(np.unpackbits(mask, bitorder="little")[: self._tokens])
 
@@ -130,27 +132,36 @@ class _Library:
             raise RequestError(
                 f"parameter 'regex' may have {_LONGEST_REGEX} characters, got {len(regex)}"
             )
-        between = _IN_SLASHES.sub(lambda m: _ESCAPES.get(m.group(), m.group()), regex)
+        whole = _ANCHORS.sub("", regex)  # it matches the whole text with and without them
+        between = _IN_SLASHES.sub(lambda m: _ESCAPES.get(m.group(), m.group()), whole)
+        self._check(f"/{between}/", regex)
         form = f"/{self._before}(?:{between})/"
         if self._tokens.alphabet is not None:
             form += f" & /{self._tokens.alphabet}*/"
-        matcher = self._matcher(self._tokenizer, f"start: TEXT\nTEXT: {form}\n", log_level=0)
-        guide = RegexGuide(matcher, len(self._tokens.tokens))
-        if guide.error:
-            reason = guide.error.rpartition("error:")[2].strip()[:_LONGEST_REASON]
-            raise RequestError(
-                "parameter 'regex' must be a regular expression without look-around and back "
-                f"references, got {shown(regex)}: {reason}"
-            )
+        guide = RegexGuide(self._matcher_of(form), len(self._tokens.tokens))
         if not set(guide.allowed().tolist()) - {self._tokens.eos_token_id}:
             raise RequestError(
                 f"parameter 'regex': this model's vocabulary cannot write what {shown(regex)} asks "
-                f"for{self._missing(regex)}"
+                f"for{self._missing(whole)}"
             )
         return guide
 
+    def _matcher_of(self, form: str) -> Any:
+        grammar = f"start: TEXT\nTEXT: {form}\n"
+        return self._matcher(self._tokenizer, grammar, log_level=0)
+
+    def _check(self, form: str, regex: str) -> None:
+        """By itself: what is no expression may become one between the parentheses around it."""
+        error = RegexGuide(self._matcher_of(form), 0).error
+        if error or "(?x" in regex:
+            reason = error.rpartition("error:")[2].partition(" 1 |")[0].strip()
+            raise RequestError(
+                "parameter 'regex' must be a regular expression without look-around, back "
+                f"references and comments, got {shown(regex)}: {reason[:_LONGEST_REASON]}"
+            )
+
     def _missing(self, regex: str) -> str:
-        literal = {escaped or plain for escaped, plain in _LITERAL.findall(regex)}
+        literal = {escaped or plain for escaped, plain in _LITERAL.findall(regex)} - {""}
         lacking = sorted(literal - self._tokens.characters)
         return f"; among its characters there is no {' '.join(lacking)}" if lacking else ""
 
@@ -231,11 +242,12 @@ _Trie = list[dict[int, int]]
 """Of each state, the beginning 0: token -> next state"""
 
 
-def _trie(choices: Sequence[str], tokenizer: Tokenizer) -> _Trie:
+@lru_cache(maxsize=64)  # a client's list has the same choices for all of its inputs
+def _trie(choices: tuple[str, ...], tokenizer: Tokenizer) -> _Trie:
     trie: _Trie = [{}]
     for choice in choices:
         ids = tokenizer.encode(choice)
-        if tokenizer.decode(ids).strip() != choice.strip():
+        if tokenizer.unk_token_id in ids or tokenizer.decode(ids).strip() != choice.strip():
             raise RequestError(
                 f"parameter 'choices': this model's vocabulary cannot write {shown(choice)}, only "
                 f"{shown(tokenizer.decode(ids))}"

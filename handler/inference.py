@@ -157,7 +157,7 @@ class Model:
         ``run_submitted`` must follow, once for all that was submitted. Raises RequestError, and
         then none was queued; one that is to blame is named by its index.
         """
-        self._runner.check_room(len(requests))
+        self._runner.check_room(sum(map(_texts_of, requests)))  # before all of them are made
         generations = []
         for index, request in enumerate(requests):
             try:
@@ -165,7 +165,10 @@ class Model:
             except RequestError as error:
                 raise (error if len(requests) == 1 else error.at(f"inputs[{index}]")) from None
         self._runner.submit([one for several in generations for one in several])
-        return [_joined([one.future for one in several]) for several in generations]
+        return [
+            _joined([g.future for g in several], ranked=isinstance(request, GenerationRequest))
+            for request, several in zip(requests, generations)
+        ]
 
     def new_seed(self) -> int:
         """For a request that gives none; all MPI ranks draw the same."""
@@ -187,7 +190,8 @@ class Model:
         """One for each text that is wanted; beams are several texts of one generation."""
         request = self._within_limits(request)
         self._check_supported(request, streams=on_event is not None)
-        ids, is_whole = self._encoded(checked_text(request.input, "the input"))
+        text = checked_text(request.input, "the input")
+        ids, is_whole = self._encoded(text, self.limits.max_input_tokens)
         kept = self._truncated(ids, is_whole, request.parameters.truncate)
         if isinstance(request, ScoreRequest):
             wanted = [self._target(request, i) for i in range(len(request.targets))]
@@ -254,26 +258,28 @@ class Model:
         self, request: ScoreRequest, index: int
     ) -> tuple[GenerationRequest, tuple[int, ...]]:
         """The target as tokens, ``</s>`` included, and the parameters of reading just these."""
-        text = checked_text(request.targets[index], f"targets[{index}]")
-        ids = tuple(self.tokenizer.encode(text))
-        if len(ids) > self.limits.max_output_tokens:
+        place = f"{request.field}[{index}]"
+        text = checked_text(request.targets[index], place)
+        ids, is_whole = self._encoded(text, self.limits.max_output_tokens)
+        if not is_whole or len(ids) > self.limits.max_output_tokens:
             raise RequestError(
-                f"targets[{index}] has {len(ids)} tokens, allowed are "
+                f"{place} has {'' if is_whole else 'more than '}{len(ids)} tokens, allowed are "
                 f"{self.limits.max_output_tokens} (option.max_output_tokens)"
             )
+        if self.tokenizer.unk_token_id in ids or self.tokenizer.eos_token_id in ids[:-1]:
+            raise RequestError(f"{place}: this model's vocabulary cannot write {shown(text)}")
         parameters = GenerationParameters(
             max_new_tokens=len(ids),
             ignore_eos_token=True,
             top_n_tokens=request.parameters.top_n_tokens,
         )
-        return GenerationRequest(request.input, parameters), ids
+        return GenerationRequest(request.input, parameters), tuple(ids)
 
-    def _encoded(self, text: str) -> tuple[list[int], bool]:
-        """The text's ids; of one far too long only the beginning's, and False.
+    def _encoded(self, text: str, limit: int) -> tuple[list[int], bool]:
+        """The text's ids; of one far longer than ``limit`` only the beginning's, and False.
 
         Tokenizing all of a body of megabytes takes gigabytes of memory, only to refuse it.
         """
-        limit = self.limits.max_input_tokens
         length = max(_SHORT_TEXT, _CHARACTERS_OF_A_TOKEN * limit)
         while length < len(text):
             end = text.rfind(" ", 0, length)
@@ -319,8 +325,13 @@ def _stream(
         future.cancel()
 
 
-def _joined(futures: Sequence[Future[GenerationResult]]) -> Future[GenerationResult]:
-    """One future: the first one's result, the others' as its alternatives; the first error."""
+def _joined(
+    futures: Sequence[Future[GenerationResult]], *, ranked: bool
+) -> Future[GenerationResult]:
+    """One future: the first one's result, the others' as its alternatives; the first error.
+
+    ranked: the likeliest by token first, else in their order.
+    """
     if len(futures) == 1:
         return futures[0]
     whole: Future[GenerationResult] = Future()
@@ -335,7 +346,10 @@ def _joined(futures: Sequence[Future[GenerationResult]]) -> Future[GenerationRes
             if not future.cancelled() and future.exception() is not None:
                 whole.set_exception(future.exception())
             elif left == 0 and not any(f.cancelled() for f in futures):
-                first, *others = (f.result() for f in futures)
+                results = [f.result() for f in futures]
+                if ranked:
+                    results.sort(key=_mean_log_prob, reverse=True)
+                first, *others = results
                 whole.set_result(replace(first, alternatives=tuple(others)))
         except InvalidStateError:  # cancelled meanwhile, or failed
             pass
@@ -348,3 +362,14 @@ def _joined(futures: Sequence[Future[GenerationResult]]) -> Future[GenerationRes
     for future in futures:
         future.add_done_callback(one_is_done)
     return whole
+
+
+def _mean_log_prob(result: GenerationResult) -> float:
+    return sum(result.log_probs) / max(1, len(result.log_probs))
+
+
+def _texts_of(request: GenerationRequest | ScoreRequest) -> int:
+    """How many generations it becomes."""
+    if isinstance(request, ScoreRequest):
+        return len(request.targets)
+    return request.parameters.num_return_sequences if request.parameters.num_beams == 1 else 1

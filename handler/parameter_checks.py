@@ -9,7 +9,7 @@ from typing import Any, Union
 StopSequence = Union[str, "tuple[int, ...]"]
 
 # Each is looked for at every step, on the engine's thread.
-_MOST_SEQUENCES = 256
+_MOST_SEQUENCES, _LONGEST_SEQUENCE = 256, 256
 
 
 class Refused(ValueError):
@@ -85,8 +85,10 @@ def sequences(value: Any) -> tuple[StopSequence, ...]:
     A tuple is what this function returns: strings, and tuples of ids.
     """
     found = _sequences(value)
-    if len(found) > _MOST_SEQUENCES:
-        raise Refused(f"at most {_MOST_SEQUENCES} sequences")
+    if len(found) > _MOST_SEQUENCES or max(map(len, found), default=0) > _LONGEST_SEQUENCE:
+        raise Refused(
+            f"at most {_MOST_SEQUENCES} sequences, of {_LONGEST_SEQUENCE} characters or ids each"
+        )
     return found
 
 

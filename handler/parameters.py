@@ -121,10 +121,10 @@ class GenerationParameters:
     )
     length_penalty: float = _parameter(
         1.0,
-        number(-100.0, 100.0, "a number from -100 to 100"),
+        number(-10.0, 10.0, "a number from -10 to 10"),
         "Exponent of the length by which a beam's score is divided; above 0 favours long texts. "
         "FasterTransformer's len_penalty is the same; its own default was 0.",
-        allowed="-100 to 100",
+        allowed="-10 to 10",
         example=0.6,
         aliases=("len_penalty",),
     )
@@ -398,6 +398,10 @@ def _check_together(p: GenerationParameters) -> None:
             "parameter 'num_return_sequences' must be at most num_beams "
             f"({p.num_beams}) unless the request samples without beams, got "
             f"{p.num_return_sequences}"
+        )
+    if p.top_n_tokens and p.num_beams > 1:
+        raise RequestError(
+            f"parameter 'top_n_tokens' must be 0 with num_beams > 1, got {p.top_n_tokens}"
         )
     if p.regex is not None and p.choices:
         raise RequestError("parameters 'regex' and 'choices' are both there; send one of them")

@@ -9,6 +9,7 @@ import numpy as np
 
 from handler.beams import BeamSearch, largest
 from handler.continuation import TopToken
+from handler.errors import RequestError
 from handler.generation import Generation, not_a_number, nothing_left
 from handler.sampling import (
     Floats,
@@ -133,6 +134,12 @@ def _advance(
     if chosen is None:
         if not search.best:
             raise nothing_left(step)
+        wanted = generation.parameters.num_return_sequences
+        if len(search.best) < wanted:
+            raise RequestError(
+                f"parameter 'num_return_sequences' asks for {wanted} texts, of the form asked for "
+                f"there are only {len(search.best)}"
+            )
         generation.finish(search.best)
         return
     engine.reorder(places, [places[parent] for parent in chosen.parents])

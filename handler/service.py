@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 # How long a rank that could not load lets DJL read why, before it ends the job.
 _FAREWELL_SECONDS = 5.0
 # Reading and tokenizing a longer body takes long enough to hold up an event loop.
-_LONG_BODY = 32_768
+_LONG_BODY = 4_096
 # And so does making the first guide of a large vocabulary.
 _REGEX, _GRAMMAR = b"regex", b"grammar"
 # Writing a longer answer does, too.
@@ -310,6 +310,9 @@ class Service:
                 logger.info("answers %r", [result.text for result in results])
             return reply(submitted.schema, submitted.request, results, self.model.tokenizer)
         except RequestError as error:
+            return error_reply(submitted.schema, error)
+        except Exception as error:
+            logger.exception("an answer could not be written")
             return error_reply(submitted.schema, error)
         finally:
             for future in submitted.futures:

@@ -24,12 +24,15 @@ class Tokenizer(Protocol):
     """Text to ids and back. ``encode`` ends with ``</s>``; ``decode`` leaves special tokens out.
 
     ``size``: ids from 0 to size - 1 have a meaning; a model's vocabulary is padded beyond, and
-    those ids must never be chosen.
+    those ids must never be chosen. ``unk_token_id`` stands for what the vocabulary lacks.
     """
 
     size: int
     eos_token_id: int
     pad_token_id: int
+    unk_token_id: int | None
+
+    def __hash__(self) -> int: ...
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -90,6 +93,7 @@ class TokenizerBase:
     size: int
     eos_token_id: int
     pad_token_id: int
+    unk_token_id: int | None
 
     def encode(self, text: str) -> list[int]:
         return [*self.encode_plain(text), self.eos_token_id]
@@ -135,6 +139,7 @@ class JsonTokenizer(TokenizerBase):
         self.size = self._library.get_vocab_size(with_added_tokens=True)
         self.eos_token_id = self._id_of(eos_token, file)
         self.pad_token_id = self._id_of(pad_token, file)
+        self.unk_token_id = self._library.token_to_id("<unk>")
 
     def _id_of(self, token: str, file: Path) -> int:
         token_id = self._library.token_to_id(token)
@@ -172,6 +177,7 @@ class SentencePieceTokenizer(TokenizerBase):
         self.size = pieces + extra_ids
         self.eos_token_id = self._library.eos_id()
         self.pad_token_id = max(self._library.pad_id(), 0)
+        self.unk_token_id = self._library.unk_id()
         # T5 counts them down from the end: <extra_id_0> is the last id.
         self._added = {f"<extra_id_{n}>": self.size - 1 - n for n in range(extra_ids)}
         self._special = {
@@ -203,6 +209,7 @@ class ByteTokenizer(TokenizerBase):
 
     eos_token_id = 1
     pad_token_id = 0
+    unk_token_id: int | None = None  # bytes write everything
 
     def __init__(self, extra_ids: int = 125) -> None:
         self.size = _BYT5_SPECIAL + 256 + extra_ids

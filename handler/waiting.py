@@ -40,7 +40,7 @@ class WaitingPrompts:
         """Raises RequestError where ``count`` more prompts cannot be queued."""
         if count > self._most:
             raise RequestError(
-                f"a request of {count} inputs cannot be queued, allowed are {self._most} "
+                f"a request of {count} texts cannot be queued, allowed are {self._most} "
                 "(option.max_queue); split it"
             )
         with self._changed:

@@ -109,7 +109,7 @@ def test_the_environment_names_the_model_where_nothing_else_does(
         ([" "], "PROMPT must not be empty or blank, got ' '"),
         ([b"caf\xe9"], "PROMPT holds half a surrogate pair at character 3"),
         (["word " * 2000], "allowed are 1024 (option.max_input_tokens)"),
-        (["x", "y", "--option", "max_queue=1"], "2 inputs cannot be queued, allowed are 1"),
+        (["x", "y", "--option", "max_queue=1"], "2 texts cannot be queued, allowed are 1"),
         (["x", "--model", "/no/such/folder"], "option.model_id=/no/such/folder: no such folder"),
         (["x", "--model", "tests"], "tests has no config.json"),
         (["x", "--option", "dtype=fp8"], "--option dtype must be one of auto, fp32"),

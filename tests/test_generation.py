@@ -130,6 +130,12 @@ def test_a_stream_never_shows_what_a_stop_of_ids_takes_away(
     )
 
 
+def test_the_longest_stop_of_ids_is_cut() -> None:
+    stops = tuple(tuple(3 + ord(c) for c in text) for text in ("c", "bc"))
+    for ordered in (stops, stops[::-1]):
+        assert result_of("abc", stop_sequences=ordered).text == "a"
+
+
 def test_a_stop_of_ids_that_ends_with_the_end_of_the_text() -> None:
     stop = ((3 + ord("b"), EOS),)
     result = result_of("ab", stop_sequences=stop)

@@ -72,6 +72,16 @@ def test_the_model_still_chooses(model: Model) -> None:
     assert texts(model, choices=["eight", "nine"])[0] in ("eight", "nine")
 
 
+@pytest.mark.parametrize("regex", ["^(eight|seven)$", "^eight|seven$", "(eight|seven)$"])
+def test_anchors_of_the_whole_text_change_nothing(model: Model, regex: str) -> None:
+    assert texts(model, regex=regex) == ["seven"]
+
+
+def test_fewer_texts_than_asked_for_are_no_answer(model: Model) -> None:
+    with pytest.raises(RequestError, match="asks for 4 texts, of the form asked for there are"):
+        texts(model, choices=["one", "two"], num_beams=4, num_return_sequences=4)
+
+
 def test_a_choice_beside_free_texts(model: Model) -> None:
     """Rows of one batch, each with a form of its own or none."""
     forms: list[dict[str, Any]] = [{}, {"regex": "[0-9]+"}, {"choices": ["no"]}, {"regex": "[a-z]"}]
@@ -106,10 +116,13 @@ def test_nothing_is_left_to_choose(model: Model) -> None:
         ({"regex": "(a"}, "must be a regular expression"),
         ({"regex": "[z-a]"}, "must be a regular expression"),
         ({"regex": r"a(?=b)"}, "without look-around"),
-        ({"regex": r"(a)\1"}, "without look-around and back references"),
+        ({"regex": r"(a)\1"}, "without look-around, back references"),
         ({"regex": "☃+"}, "cannot write what '☃+' asks for; among its characters there is no ☃"),
         ({"regex": '\\{"a": [0-9]\\}'}, 'there is no " { }'),
         ({"regex": ""}, "'regex' must be a string that is not empty"),
+        ({"regex": "a)|(?:b"}, "must be a regular expression"),
+        ({"regex": "(?x) a # b"}, "must be a regular expression"),
+        ({"regex": r"\p{Greek}+"}, "cannot write what"),
         ({"regex": "a" * 2001}, "may have 2000 characters, got 2001"),
         ({"choices": ["☃"]}, "cannot write '☃'"),
         ({"choices": []}, "must be a list of 1 to 256 strings"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,11 +79,21 @@ def test_a_text_that_was_generated_scores_what_it_was_told_to(model: Model) -> N
         (("good", ""), "targets[1] must not be empty or blank"),
         (("good", 5), "targets[1] must be a string, got 5"),
         (("word " * 600,), "allowed are 512 (option.max_output_tokens)"),
+        (("fine", "\u65e5\u672c"), "targets[1]: this model's vocabulary cannot write"),
+        (("the </s> end",), "targets[0]: this model's vocabulary cannot write"),
     ],
 )
 def test_bad_targets(model: Model, targets: Any, words: str) -> None:
     with pytest.raises(RequestError, match=re.escape(words)):
         model.score([ScoreRequest("x", targets)])
+
+
+def test_too_many_texts_are_refused_before_they_are_made(model: Model) -> None:
+    targets = tuple(map(str, range(900)))
+    begin = time.monotonic()
+    with pytest.raises(RequestError, match="810000 texts cannot be queued"):
+        model.score([ScoreRequest("x", targets)] * 900)
+    assert time.monotonic() - begin < 2
 
 
 def test_a_backend_that_cannot_score_says_so(demo: Path) -> None:
@@ -102,7 +113,9 @@ def test_draws_have_seeds_of_their_own(pair: tuple[Model, Oracle]) -> None:
     (one,) = model.generate([request(seed=7, **p)])
     texts = [several.token_ids, *(other.token_ids for other in several.alternatives)]
     assert len(several.alternatives) == 4
-    assert texts[0] == one.token_ids
+    assert one.token_ids in texts
+    means = [sum(r.log_probs) / len(r.log_probs) for r in (several, *several.alternatives)]
+    assert means == sorted(means, reverse=True)
     assert len(set(texts)) > 1
     (again,) = model.generate([request(num_return_sequences=5, seed=7, **p)])
     assert again == several
@@ -112,9 +125,24 @@ def test_several_draws_read_their_prompt_once(demo: Path) -> None:
     """Also without the cache of encoded prompts."""
     alone = init_inference(str(demo), backend="onnxruntime", max_rows=6, encoder_cache=0)
     (result,) = alone.generate([request(num_return_sequences=6, do_sample=True, seed=1)])
-    assert not result.input_cached
-    assert all(other.input_cached for other in result.alternatives)
+    cached = [one.input_cached for one in (result, *result.alternatives)]
+    assert sorted(cached) == [False] + [True] * 5
     alone.close()
+
+
+def test_few_encoded_prompts_are_held_for_draws_that_wait(demo: Path) -> None:
+    """Else many clients' handles would fill the memory, outside of every budget."""
+    model = init_inference(str(demo), backend="onnxruntime", max_rows=2, encoder_cache=0)
+    requests = [
+        request(f"Write {n} in words.", num_return_sequences=2, do_sample=True, seed=n)
+        for n in range(40)
+    ]
+    futures = [model.submit([one])[0] for one in requests]  # clients take turns
+    results = [future.result() for future in futures]
+    assert results == [model.generate([one])[0] for one in requests]
+    read = sum(not one.input_cached for r in results for one in (r, *r.alternatives))
+    assert 40 < read <= 80
+    model.close()
 
 
 def test_with_transformers_too(demo: Path) -> None:
@@ -137,7 +165,7 @@ def test_cancelling_cancels_every_draw(model: Model) -> None:
 
 def test_more_draws_than_may_wait(demo: Path) -> None:
     small = init_inference(str(demo), backend="onnxruntime", max_queue=4)
-    with pytest.raises(RequestError, match=r"5 inputs cannot be queued.*option.max_queue"):
+    with pytest.raises(RequestError, match=r"5 texts cannot be queued.*option.max_queue"):
         small.generate([request(num_return_sequences=5, do_sample=True)])
     assert len(small.generate([request(num_return_sequences=4, do_sample=True)])) == 1
     small.close()

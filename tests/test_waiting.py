@@ -126,7 +126,7 @@ def test_a_full_queue_takes_what_fits() -> None:
 
 
 def test_a_request_that_never_fits_is_bad() -> None:
-    with pytest.raises(RequestError, match="4 inputs cannot be queued, allowed are 3") as caught:
+    with pytest.raises(RequestError, match="4 texts cannot be queued, allowed are 3") as caught:
         WaitingPrompts(3).submit(prompts(*"abcd"))
     assert caught.value.code == 400
 

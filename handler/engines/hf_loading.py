@@ -51,6 +51,7 @@ class TransformersTokenizer(TokenizerBase):
                 f"({_reason(error)}); add its files or change option.model_id"
             ) from error
         self.size = len(self._library)
+        self.unk_token_id = self._library.unk_token_id
 
     def encode(self, text: str) -> list[int]:
         return list(self._library(text).input_ids)

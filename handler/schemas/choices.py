@@ -58,8 +58,9 @@ class GivenAnswers:
             if choices is not None
             else _targets(targets, len(asked.inputs), asked.is_list)
         )
+        field = CHOICES if choices is not None else TARGETS
         prompts = tuple(
-            ScoreRequest(prompt.input, given, asked.parameters)
+            ScoreRequest(prompt.input, given, asked.parameters, field)
             for prompt, given in zip(asked.prompts, answers)
         )
         return GivenRequest(
@@ -101,9 +102,11 @@ def _answers(given: Any, place: str) -> tuple[str, ...]:
             f"the field {place!r} must be a list of at least one string, got {shown(given)}"
         )
     texts = tuple(checked_text(text, f"{place}[{i}]") for i, text in enumerate(given))
+    seen: set[str] = set()
     for i, text in enumerate(texts):
-        if text in texts[:i]:
+        if text.strip() in seen:
             raise RequestError(f"{place}[{i}] is there twice: {shown(text)}")
+        seen.add(text.strip())
     return texts
 
 

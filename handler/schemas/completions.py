@@ -126,7 +126,9 @@ class Completions:
 
     def worded(self, error: RequestError) -> RequestError:
         message = re.sub(r"^inputs\[", "prompt[", str(error))
-        message = re.sub(r"'(\w+)'", lambda m: f"'{_THEIR_NAMES.get(m[1], m[1])}'", message)
+        message = re.sub(
+            r"^parameter '(\w+)'", lambda m: f"parameter '{_THEIR_NAMES.get(m[1], m[1])}'", message
+        )
         return RequestError(message, error.code)
 
     def error(self, error: RequestError) -> Json:
@@ -194,7 +196,7 @@ def _name(body: Mapping[str, Any], field: str) -> str | None:
     value = body.get(field)
     if value is not None and not isinstance(value, str):
         raise RequestError(f"the field {field!r} must be a string, got {shown(value)}")
-    return value
+    return checked_text(value, field) if value else value
 
 
 def _includes_usage(body: Mapping[str, Any]) -> bool:

@@ -160,3 +160,42 @@ def test_numbers_of_numpy_are_numbers() -> None:
 def test_a_name_of_megabytes_is_refused_at_once() -> None:
     with pytest.raises(RequestError, match="unknown parameter"):
         parse_parameters({"k" * 20_000_000: 1})
+
+
+# Every parameter, against what it cannot be
+
+
+def _refused(name: str, value: Any) -> None:
+    with pytest.raises(RequestError) as error:
+        parse_parameters({name: value})
+    assert f"'{name}'" in str(error.value)
+    assert "must be" in str(error.value)
+
+
+NUMBERS = [n for n in PARAMETERS if type(PARAMETERS[n].metadata["example"]) in (int, float)]
+BOOLEANS = [n for n in PARAMETERS if PARAMETERS[n].metadata["example"] is True]
+
+
+@pytest.mark.parametrize("value", [{}, {"a": 1}, [[[]]], [None], [1.5], [True]])
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_wrong_type_is_refused_by_name(name: str, value: Any) -> None:
+    _refused(name, value)
+
+
+@pytest.mark.parametrize("value", ["", "5", "x", True, False, 1e400, -1e400, float("nan"), 10**400])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_what_is_no_number_in_range_is_refused(name: str, value: Any) -> None:
+    if isinstance(value, bool) and name in BOOLEANS:
+        return
+    _refused(name, value)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_below_the_range_is_refused(name: str) -> None:
+    _refused(name, -101)
+
+
+@pytest.mark.parametrize("value", [0, 1, "true", "", "x", 1.0])
+@pytest.mark.parametrize("name", [n for n in BOOLEANS if n not in ("truncate", "early_stopping")])
+def test_what_is_no_boolean_is_refused(name: str, value: Any) -> None:
+    _refused(name, value)

@@ -175,7 +175,7 @@ def test_a_request_that_never_fits_is_bad() -> None:
     engine = GatedEngine()
     with batcher_of(engine, max_queue=3) as batcher:
         with pytest.raises(
-            RequestError, match=r"4 inputs .*allowed are 3 \(option.max_queue\)"
+            RequestError, match=r"4 texts .*allowed are 3 \(option.max_queue\)"
         ) as e:
             batcher.submit([generation(text) for text in "abcd"])
         assert e.value.code == 400

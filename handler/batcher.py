@@ -27,6 +27,7 @@ class Batcher(Runner):
     def __init__(self, engine: BatchEngine, max_queue: int) -> None:
         super().__init__(engine, max_queue)
         self.supported_parameters = engine.supported_parameters
+        self.draws_seeds = engine.draws_seeds
         self._engine = engine
         self._running: list[Generation] = []
         self._start()

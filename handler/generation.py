@@ -76,7 +76,8 @@ class GenerationResult:
     top_tokens: of each step the likeliest tokens, where the request asked for them.
     alternatives: the other texts of this prompt, the best first, where several were asked for.
     input_cached: whether the encoder had read this input already, for another request.
-    timing: how long it took; not compared.
+    seed: what its sampling began with, where that is known. timing: how long it took. Neither is
+    compared.
     """
 
     text: str
@@ -88,6 +89,7 @@ class GenerationResult:
     top_tokens: tuple[tuple[TopToken, ...], ...] = ()
     alternatives: tuple[GenerationResult, ...] = ()
     input_cached: bool = field(default=False, compare=False)
+    seed: int | None = field(default=None, compare=False)
     timing: Timing = field(default=Timing(), compare=False)
 
 
@@ -122,7 +124,7 @@ class Generation:
 
     The engine's thread alone calls ``append``, ``append_text``, ``finish`` and ``started``; anyone
     may cancel ``future``. forced: tokens that are to be scored, in place of a choice; guide: the
-    form that its texts must have.
+    form that its texts must have. seed: the request's, else what the engine drew for it.
     """
 
     def __init__(
@@ -138,6 +140,7 @@ class Generation:
         on_event: Callable[[TokenEvent], None] | None = None,
     ) -> None:
         self.parameters = request.parameters
+        self.seed = request.parameters.seed
         self.prompt = request.input
         self.bad_words = bad_word_ids(self.parameters.bad_words_list, tokenizer)
         self.prompt_ids = list(prompt_ids)
@@ -239,6 +242,7 @@ class Generation:
             truncated=self._truncated,
             top_tokens=tuple(continuation.top_tokens),
             input_cached=self.input_cached,
+            seed=self.seed,
             timing=Timing(self._started - self._arrived, perf_counter() - self._started),
         )
 

@@ -170,9 +170,9 @@ class Model:
             for request, several in zip(requests, generations)
         ]
 
-    def new_seed(self) -> int:
-        """For a request that gives none; all MPI ranks draw the same."""
-        return self._runner.new_seed()
+    def new_seed(self) -> int | None:
+        """For a request that gives none; None where the engine draws one for several of them."""
+        return None if self._runner.draws_seeds else self._runner.new_seed()
 
     def run_submitted(self) -> None:
         """See Runner."""

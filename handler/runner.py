@@ -37,11 +37,13 @@ class Runner(ABC):
     """The base of the scheduler and the batcher. Every public method is for any thread.
 
     supported_parameters: names of those that it and its engine honour; ``submit`` is given no
-    request that uses another one. scores: whether it honours ``forced`` tokens.
+    request that uses another one. scores: whether it honours ``forced`` tokens. draws_seeds: see
+    BatchEngine.
     """
 
     supported_parameters: frozenset[str]
     scores = False
+    draws_seeds = False
 
     def __init__(self, engine: Engine, max_queue: int) -> None:
         self.tokenizer = engine.tokenizer

@@ -32,6 +32,7 @@ class GatedEngine:
     tokenizer = TOKENIZER
     max_rows = 4
     quality_warning = None
+    draws_seeds = False
     supported_parameters = frozenset({"max_new_tokens", "temperature", "do_sample", "num_beams"})
 
     def __init__(self, failure: BaseException | None = None) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,15 @@ from handler.engines import Model, init_inference
 from handler.errors import LoadError, RequestError
 from handler.generation import GenerationRequest, GenerationResult
 from handler.parameters import parse_parameters
-from handler.responses import StreamReply
+from handler.responses import Reply, StreamReply
 from handler.service import Service
 
 DOUBLE = Path(__file__).with_name("fastertransformer_double")
 PROMPTS = ["Write 1999 in words.", "Count from 3 to 9.", "Sort these words: warm, cat, apple"]
 # Where token ids are told: the wheel's own object. Triton's tells texts.
 OWN, TRITON, STREAMING = "0.21", "triton", "streaming"
+
+WAIT = 120
 
 Start = Callable[..., Model]
 
@@ -181,6 +185,50 @@ def test_requests_without_a_seed_share_a_call_unless_their_prompts_are_equal(
     assert [len(call[1]) for call in calls] in ([1, 2, 1, 1], [3, 1, 1])
     assert len({arguments_of([call])["random_seed"] for call in calls}) == len(calls)
     assert len({r.text for r in (results[0], results[3], results[4])}) == 3
+
+
+def held_call(gate: Path) -> None:
+    """Return when the double is in a call that it does not end while the file ``gate`` is there."""
+    deadline = time.monotonic() + WAIT
+    while not Path(f"{gate}.0").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_sampled_requests_of_a_batch_of_djls_share_a_call(
+    wheel: Callable[[], list[Any]], demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And are told the seed that repeats them."""
+    gate = tmp_path / "gate"
+    monkeypatch.setenv("FT_DOUBLE_FORM", OWN)
+    monkeypatch.setenv("FT_DOUBLE_GATE", str(gate))
+    options: dict[str, Any] = {"backend": "fastertransformer", "response_schema": "tgi"}
+    service = Service()
+    service.load(configuration_of(str(demo), **options))
+
+    def body(text: str, **parameters: Any) -> bytes:
+        sampled = {"temperature": 3.0, "max_new_tokens": 20, "details": True, **parameters}
+        return json.dumps({"inputs": text, "parameters": sampled}).encode()
+
+    gate.touch()
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(service.answer, body("x", max_new_tokens=1))
+        held_call(gate)  # so that the others are all there when it ends
+        replies = threads.submit(service.answer_batch, list(map(body, PROMPTS)))
+        deadline = time.monotonic() + WAIT
+        while service.model.waiting < len(PROMPTS):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        gate.unlink()
+        assert isinstance(first.result(), Reply)
+        answers = [json.loads(reply.body)[0] for reply in replies.result()]
+    assert [len(call[1]) for call in wheel()[1:]] == [1, len(PROMPTS)]
+    (seed,) = {answer["details"]["seed"] for answer in answers}
+    for text, answer in zip(PROMPTS, answers):
+        again = service.answer(body(text, seed=seed))
+        assert isinstance(again, Reply)
+        assert json.loads(again.body)[0]["generated_text"] == answer["generated_text"]
+    service.close()
 
 
 # What the wheel is told

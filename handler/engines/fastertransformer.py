@@ -92,6 +92,7 @@ class FasterTransformerEngine:
     """
 
     name = "fastertransformer"
+    draws_seeds = True
 
     def __init__(self, folder: Path, c: Configuration) -> None:
         world = world_of()
@@ -130,6 +131,8 @@ class FasterTransformerEngine:
             if parameters.samples:
                 seed = self.seeds.getrandbits(64) if without_seed else parameters.seed
                 arguments["random_seed"] = seed
+                for generation in part:
+                    generation.seed = seed
             if self._uses_triton:
                 self._call_triton(part, arguments)
             else:

@@ -62,6 +62,7 @@ class HfGenerateEngine:
     name = "transformers"
     quality_warning = None
     supported_parameters = SUPPORTED_PARAMETERS
+    draws_seeds = False
 
     def __init__(self, folder: Path, configuration: Configuration) -> None:
         import torch

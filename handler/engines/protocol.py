@@ -32,10 +32,12 @@ class BatchEngine(Engine, Protocol):
     """Runs whole generations, a batch at a time.
 
     supported_parameters: names of the parameters it honours; a request that uses another one is
-    refused before it gets here.
+    refused before it gets here. draws_seeds: it draws one for all requests of a batch that sample
+    and give none, and tells it as ``Generation.seed``.
     """
 
     supported_parameters: frozenset[str]
+    draws_seeds: bool
 
     def batch_key(self, parameters: GenerationParameters) -> Hashable | None:
         """Requests with equal keys may run in one batch; one whose key is None runs alone."""

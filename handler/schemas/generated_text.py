@@ -12,7 +12,7 @@ from typing import Any, Optional
 
 from handler.continuation import TopToken
 from handler.errors import RequestError
-from handler.generation import GenerationResult, TokenEvent
+from handler.generation import GenerationRequest, GenerationResult, ScoreRequest, TokenEvent
 from handler.schemas.inputs import parse_inputs
 from handler.schemas.protocol import Deployment, ParsedRequest, StreamWriter
 from handler.schemas.records import (
@@ -44,6 +44,11 @@ def _wants_details(request: ParsedRequest) -> bool:
 
 def _full_text(request: ParsedRequest, text: str, result: GenerationResult) -> str:
     return text + result.text if request.parameters.return_full_text else result.text
+
+
+def _seed(prompt: GenerationRequest | ScoreRequest, result: GenerationResult) -> int | None:
+    """The prompt's, else what the engine drew for it."""
+    return result.seed if prompt.parameters.seed is None else prompt.parameters.seed
 
 
 def _common_details(result: GenerationResult) -> Json:
@@ -123,7 +128,7 @@ class _GeneratedText(_InputsSchema):
         self, request: ParsedRequest, results: Sequence[GenerationResult], tokenizer: Tokenizer
     ) -> Any:
         items = [
-            self._item(request, text, prompt.parameters.seed, result, tokenizer)
+            self._item(request, text, _seed(prompt, result), result, tokenizer)
             for text, prompt, result in zip(request.inputs, request.prompts, results)
         ]
         return items if request.is_list or self._always_a_list else items[0]
@@ -283,7 +288,7 @@ class TgiEvents:
         (prompt,) = self._request.prompts
         return {
             **_common_details(result),
-            "seed": prompt.parameters.seed,
+            "seed": _seed(prompt, result),
             "input_length": result.input_tokens,
         }
 

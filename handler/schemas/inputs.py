@@ -48,7 +48,7 @@ def request_of(
     parameters: GenerationParameters,
     template: str,
     variables: Mapping[str, str],
-    new_seed: Callable[[], int],
+    new_seed: Callable[[], int | None],
 ) -> ParsedRequest:
     """Raises RequestError where the template and its variables do not fit, or for a list that is
     to be streamed."""
@@ -64,7 +64,9 @@ def request_of(
     return ParsedRequest(inputs, is_list, parameters, prompts)
 
 
-def _seeded(parameters: GenerationParameters, new_seed: Callable[[], int]) -> GenerationParameters:
+def _seeded(
+    parameters: GenerationParameters, new_seed: Callable[[], int | None]
+) -> GenerationParameters:
     """With the seed that is drawn where the client gave none, so that its answer can tell it."""
     if parameters.samples and parameters.seed is None:
         return replace(parameters, seed=new_seed())

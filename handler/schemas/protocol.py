@@ -16,14 +16,14 @@ from handler.tokenizer import Tokenizer
 class Deployment:
     """What a request is read against.
 
-    model_name: what answers call the model. new_seed: draws one for a request that gives none, on
-    all MPI ranks the same.
+    model_name: what answers call the model. new_seed: draws one for a request that gives none;
+    None where the engine does.
     """
 
     limits: ParameterLimits = ParameterLimits()
     prompt_template: str = "{input}"
     model_name: str = "model"
-    new_seed: Callable[[], int] = random_seed
+    new_seed: Callable[[], int | None] = random_seed
 
 
 @dataclass(frozen=True)

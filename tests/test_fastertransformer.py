@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from oracle import Oracle
 from random_checkpoints import write_checkpoint
 
 from handler import engines
+from handler.checkpoints.partition import partition
 from handler.config import configuration_of
 from handler.engines import Model, init_inference
 from handler.errors import LoadError, RequestError
@@ -74,7 +76,7 @@ def oracle(demo: Path) -> Oracle:
 @pytest.fixture(scope="module")
 def checkpoint(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """FLAN-T5's form with random weights: it likes ids that stand for no token."""
-    return write_checkpoint(tmp_path_factory.mktemp("flan"), "flan-t5", demo)
+    return write_checkpoint(tmp_path_factory.mktemp("flan"), "flan-t5", demo, d_kv=32)
 
 
 def ask(model: Model, prompts: str | list[str], **parameters: Any) -> list[GenerationResult]:
@@ -400,6 +402,7 @@ def test_what_the_wheel_cannot_do_is_refused_by_name(
         ("odd", {}, {}, "relative_attention_max_distance is 50"),
         ("flan-t5", {"layer_norm_epsilon": 1e-5}, {}, "layer_norm_epsilon is 1e-05"),
         ("flan-t5", {"feed_forward_proj": "gelu"}, {}, "feed_forward_proj is gelu"),
+        ("flan-t5", {"d_kv": 40}, {}, "d_kv is 40, FasterTransformer computes with 32, 48, 64"),
         (
             "flan-t5",
             {"tie_word_embeddings": True, "scale_decoder_outputs": False},
@@ -421,7 +424,7 @@ def test_what_would_fail_or_answer_wrong_is_refused_before_it_is_loaded(
     options: dict[str, Any],
     words: str,
 ) -> None:
-    folder = write_checkpoint(tmp_path / "model", variant, demo, **changes)
+    folder = write_checkpoint(tmp_path / "model", variant, demo, **{"d_kv": 32, **changes})
     with pytest.raises(LoadError) as caught:
         start(model=folder, **options)
     assert words in str(caught.value)
@@ -431,8 +434,12 @@ def test_what_would_fail_or_answer_wrong_is_refused_before_it_is_loaded(
 @pytest.mark.parametrize(
     ("degrees", "words"),
     [
-        ({"tensor_parallel_degree": 3}, "num_heads 4 is not divisible by 3"),
+        ({"tensor_parallel_degree": 3}, "does not divide num_heads=4"),
         ({"tensor_parallel_degree": 1, "pipeline_parallel_degree": 4}, "num_layers 2 is not"),
+        (
+            {"tensor_parallel_degree": 4, "pipeline_parallel_degree": 2},
+            "tensor_parallel_degree x pipeline_parallel_degree=8 does not divide num_heads=4",
+        ),
         ({"tensor_parallel_degree": "many"}, 'must be an integer of at least 1, or "max"'),
     ],
     ids=str,
@@ -443,6 +450,27 @@ def test_degrees_that_do_not_divide_the_network(
     with pytest.raises(LoadError) as caught:
         start(TRITON, model=checkpoint, **degrees)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "degrees"),
+    [
+        ({"num_heads": 6}, {"tensor_parallel_degree": 2, "pipeline_parallel_degree": 2}),
+        ({"tie_word_embeddings": True, "scale_decoder_outputs": False}, {}),
+    ],
+    ids=str,
+)
+def test_what_the_wheel_itself_would_convert_wrong_is_served_when_it_was_partitioned(
+    start: Start, demo: Path, tmp_path: Path, changes: dict[str, Any], degrees: dict[str, int]
+) -> None:
+    source = write_checkpoint(tmp_path / "c", "flan-t5", demo, d_kv=32, **changes)
+    with pytest.raises(LoadError):
+        start(TRITON, model=source, **degrees)
+    folder = tmp_path / "out"
+    told = configuration_of(str(source), model_path_on_host=str(folder), **degrees)
+    partition(told, "fastertransformer", folder)
+    shutil.copy(source / "model.safetensors", folder)  # what the double computes with
+    assert len(ask(start(TRITON, model=folder, **degrees), PROMPTS)) == len(PROMPTS)
 
 
 def test_triton_takes_several_gpus_without_mpi(start: Start) -> None:
@@ -476,7 +504,7 @@ def test_without_the_wheel(demo: Path) -> None:
 def wide(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As wide as FLAN-T5 large."""
     folder = tmp_path_factory.mktemp("wide")
-    return write_checkpoint(folder, "flan-t5", demo, d_model=1024, num_layers=1)
+    return write_checkpoint(folder, "flan-t5", demo, d_model=1024, d_kv=32, num_layers=1)
 
 
 def test_fp16_on_a_wide_gated_model_is_warned_about(
@@ -521,6 +549,13 @@ def test_auto_takes_it_where_it_answers_right(
     monkeypatch.setattr(engines, "gpu_is_there", lambda: there_is_a_gpu)
     configuration = configuration_of(str(wide), **options)
     assert engines.choose_backend(configuration, wide)[0] == expected
+
+
+def test_auto_takes_it_under_mpi(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also as the one rank of a job, and whatever else would be taken without a GPU."""
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
+    assert engines.choose_backend(configuration_of(str(wide)), wide)[0] == "fastertransformer"
 
 
 def test_auto_does_not_take_it_without_the_wheel(

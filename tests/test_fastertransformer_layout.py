@@ -18,12 +18,12 @@ from handler.errors import LoadError
 
 # Gated and plain feed-forward, tied and not, stacks of unequal depth, heads * d_kv != d_model
 VARIANTS = {
-    "flan-t5": {},
-    "t5-v1.0": {},
-    "byt5": {},
-    "deep-decoder": {},
-    "odd-sizes": {"num_heads": 4},
-    "gated-silu": {},
+    "flan-t5": {"d_kv": 32},
+    "t5-v1.0": {"d_kv": 32},
+    "byt5": {"d_kv": 32},
+    "deep-decoder": {"d_kv": 32},
+    "odd-sizes": {"num_heads": 4, "d_kv": 48},
+    "gated-silu": {"d_kv": 32},
 }
 CASES = [(variant, ranks) for variant in VARIANTS for ranks in (1, 2, 4)]
 
@@ -52,7 +52,7 @@ def test_the_round_trip_is_exact(tmp_path: Path, demo: Path, variant: str, ranks
 
 
 def test_three_heads_for_three_ranks(tmp_path: Path, demo: Path) -> None:
-    source = write_checkpoint(tmp_path / "c", "odd-sizes", demo, d_ff=54)
+    source = write_checkpoint(tmp_path / "c", "odd-sizes", demo, d_ff=54, d_kv=48)
     folder = made(source, tmp_path / "out", tensor_parallel_degree=3)
     read = FasterTransformerFolder(folder, 3).weights()
     for name, tensor in transformers_tensors(source).items():
@@ -64,7 +64,7 @@ def test_what_is_on_disk_for_each_dtype(
     tmp_path: Path, demo: Path, dtype: str, stored: str
 ) -> None:
     """The wheel itself makes bf16 of fp32."""
-    source = write_checkpoint(tmp_path / "c", "flan-t5", demo)
+    source = write_checkpoint(tmp_path / "c", "flan-t5", demo, d_kv=32)
     folder = made(source, tmp_path / "out", dtype=dtype, tensor_parallel_degree=2)
     read = FasterTransformerFolder(folder, 2).weights()
     for name, tensor in transformers_tensors(source).items():
@@ -74,7 +74,7 @@ def test_what_is_on_disk_for_each_dtype(
 
 
 def test_pipeline_stages_share_the_files_of_their_ranks(tmp_path: Path, demo: Path) -> None:
-    source = write_checkpoint(tmp_path / "c", "flan-t5", demo)
+    source = write_checkpoint(tmp_path / "c", "flan-t5", demo, d_kv=32)
     options: dict[str, Any] = {"tensor_parallel_degree": 2, "pipeline_parallel_degree": 2}
     folder = made(source, tmp_path / "out", model_path_on_host="/m/flan", **options)
     assert folder.name == "4-gpu"
@@ -87,7 +87,7 @@ def test_pipeline_stages_share_the_files_of_their_ranks(tmp_path: Path, demo: Pa
 
 READ_FROM_BOTH = {
     "num_heads": "4",
-    "d_kv": "8",
+    "d_kv": "32",
     "d_ff": "48",
     "d_model": "32",
     "num_decoder_layers": "3",
@@ -107,7 +107,7 @@ def config_ini(folder: Path) -> configparser.ConfigParser:
 
 
 def test_config_ini_has_every_key_that_is_read(tmp_path: Path, demo: Path) -> None:
-    source = write_checkpoint(tmp_path / "c", "deep-decoder", demo)
+    source = write_checkpoint(tmp_path / "c", "deep-decoder", demo, d_kv=32)
     ini = config_ini(made(source, tmp_path / "out"))
     for section, layers in (("encoder", "1"), ("decoder", "3")):
         for key, value in {**READ_FROM_BOTH, "num_layers": layers}.items():
@@ -131,7 +131,9 @@ def test_config_ini_has_every_key_that_is_read(tmp_path: Path, demo: Path) -> No
 def test_config_ini_tells_the_feed_forward(
     tmp_path: Path, demo: Path, variant: str, gated: bool, projection: str
 ) -> None:
-    ini = config_ini(made(write_checkpoint(tmp_path / "c", variant, demo), tmp_path / "out"))
+    ini = config_ini(
+        made(write_checkpoint(tmp_path / "c", variant, demo, d_kv=32), tmp_path / "out")
+    )
     for section in ("encoder", "decoder"):
         assert ini[section].getboolean("is_gated_act") is gated
         assert ini[section]["feed_forward_proj"] == projection
@@ -150,16 +152,16 @@ def test_config_ini_tells_the_feed_forward(
 def test_tie_word_embeddings_is_what_the_checkpoint_means(
     tmp_path: Path, demo: Path, variant: str, config: dict[str, Any], scaled: bool
 ) -> None:
-    source = write_checkpoint(tmp_path / "c", variant, demo, **config)
+    source = write_checkpoint(tmp_path / "c", variant, demo, **{"d_kv": 32, **config})
     ini = config_ini(made(source, tmp_path / "out"))
     assert ini["decoder"].getboolean("tie_word_embeddings") is scaled
 
 
 def test_text_in_config_json_does_not_break_config_ini(tmp_path: Path, demo: Path) -> None:
     text = {"task_specific_params": {"x": {"prefix": "100 %(d_kv)s\n[encoder]\nd_kv = 7"}}}
-    source = write_checkpoint(tmp_path / "c", "flan-t5", demo, **text, note="5 %\n[x]")
+    source = write_checkpoint(tmp_path / "c", "flan-t5", demo, d_kv=32, **text, note="5 %\n[x]")
     ini = config_ini(made(source, tmp_path / "out"))
-    assert ini["encoder"]["d_kv"] == "8"
+    assert ini["encoder"]["d_kv"] == "32"
     assert ini.sections() == ["encoder", "decoder", "structure"]
 
 
@@ -171,21 +173,23 @@ def test_text_in_config_json_does_not_break_config_ini(tmp_path: Path, demo: Pat
     [
         ("mt5", {}, "model_type mt5 is not served by FasterTransformer, only t5 is"),
         ("umt5", {}, "model_type umt5 is not served by FasterTransformer, only t5 is"),
-        ("odd", {}, "relative_attention_max_distance=50"),
-        ("t5-v1.0", {"feed_forward_proj": "gelu"}, "feed_forward_proj with the exact gelu"),
+        ("odd", {}, "relative_attention_max_distance is 50"),
+        ("t5-v1.0", {"feed_forward_proj": "gelu"}, "feed_forward_proj is gelu"),
+        ("flan-t5", {"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon is 1e-05"),
+        ("flan-t5", {"d_kv": 40}, "d_kv is 40, FasterTransformer computes with 32, 48, 64"),
     ],
 )
 def test_other_models(
     tmp_path: Path, demo: Path, variant: str, config: dict[str, Any], words: str
 ) -> None:
-    source = write_checkpoint(tmp_path / "c", variant, demo, **config)
+    source = write_checkpoint(tmp_path / "c", variant, demo, **{"d_kv": 32, **config})
     with pytest.raises(LoadError, match=words):
         made(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_weight_beyond_fp16(tmp_path: Path, demo: Path) -> None:
-    source = write_checkpoint(tmp_path / "c", "flan-t5", demo)
+    source = write_checkpoint(tmp_path / "c", "flan-t5", demo, d_kv=32)
     weights = load_file(source / "model.safetensors")
     weights["shared.weight"][3, 3] = 70_000
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})

@@ -29,7 +29,9 @@ WAIT = 300
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, demo: Path) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "flan-t5", "flan-t5", demo)
+    return write_checkpoint(
+        tmp_path_factory.mktemp("checkpoint") / "flan-t5", "flan-t5", demo, d_kv=32
+    )
 
 
 def made(source: Path, output: Path, layout: str = "native", **options: Any) -> Path:
@@ -144,7 +146,11 @@ def weight_files(folder: Path) -> dict[str, bytes]:
         ("native", {"pipeline_parallel_degree": 2}, "raise tensor_parallel_degree instead"),
         ("native", {"dtype": "int4"}, "allowed: fp32, fp16, bf16, int8"),
         ("fastertransformer", {"dtype": "int8"}, "allowed: fp32, fp16, bf16"),
-        ("fastertransformer", {"pipeline_parallel_degree": 3}, "more than the model's 2 layers"),
+        (
+            "fastertransformer",
+            {"pipeline_parallel_degree": 3},
+            "num_layers 2 is not divisible by 3",
+        ),
         ("fastertransformer", {"model_path_on_host": "here"}, "must be an absolute path"),
         ("fastertransformer", {"dtype": "fp16", "strict_dtype": True}, "take bf16 or fp32"),
         ("mine", {}, "one of fastertransformer, native"),

@@ -19,7 +19,7 @@ from handler.errors import LoadError
 
 @pytest.fixture
 def make(tmp_path: Path, demo: Path) -> Callable[..., Path]:
-    source = write_checkpoint(tmp_path / "c", "flan-t5", demo)
+    source = write_checkpoint(tmp_path / "c", "flan-t5", demo, d_kv=32)
 
     def made(layout: str, **options: Any) -> Path:
         partition(configuration_of(str(source), **options), layout, tmp_path / "out")

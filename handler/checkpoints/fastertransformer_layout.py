@@ -25,7 +25,9 @@ DTYPES = ("fp32", "fp16", "bf16")
 # transformers' activation -> FasterTransformer's, whose gelu is the tanh one
 _ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu", "silu": "silu"}
 # FasterTransformer's own: config.ini cannot tell another.
-_MAX_DISTANCE = 128
+_MAX_DISTANCE, _EPSILON = 128, 1e-6
+# Sizes of a head that its masked attention has a kernel for (decoder_masked_multihead_attention.cu)
+_HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 144, 160, 192, 224, 256)
 # config.ini has it by a longer name.
 _RENAMED = "relative_attention_num_buckets"
 
@@ -41,16 +43,38 @@ def check(a: T5Architecture, dtype: str) -> None:
         raise LoadError(
             f"dtype={dtype} is not served by FasterTransformer for T5, allowed: {', '.join(DTYPES)}"
         )
-    if a.activation not in _ACTIVATIONS:
-        raise LoadError(
-            f"config.json: feed_forward_proj with the exact {a.activation} is not in "
-            "FasterTransformer; partition with --format native"
-        )
-    if a.max_distance != _MAX_DISTANCE:
-        raise LoadError(
-            f"config.json: relative_attention_max_distance={a.max_distance}, FasterTransformer "
-            f"computes with {_MAX_DISTANCE} only; partition with --format native"
-        )
+    reason = other_network(a)
+    if reason is not None:
+        raise LoadError(f"{reason}; partition with --format native")
+
+
+def other_network(a: T5Architecture) -> str | None:
+    """What in config.json FasterTransformer's T5 cannot compute, or would pass over; or None."""
+    for key, value, served in (
+        ("relative_attention_max_distance", a.max_distance, (_MAX_DISTANCE,)),
+        ("layer_norm_epsilon", a.epsilon, (_EPSILON,)),
+        ("feed_forward_proj", a.activation, tuple(_ACTIVATIONS)),
+        ("d_kv", a.d_kv, _HEAD_SIZES),
+    ):
+        if value not in served:
+            return (
+                f"config.json: {key} is {value}, FasterTransformer computes with "
+                f"{', '.join(map(str, served))} only"
+            )
+    return None
+
+
+def check_stages(a: T5Architecture, pipeline_parallel: int) -> None:
+    """Raises LoadError where the pipeline's stages would not have equally many layers."""
+    for key, layers in (
+        ("num_layers", a.num_layers),
+        ("num_decoder_layers", a.num_decoder_layers),
+    ):
+        if layers % pipeline_parallel:
+            raise LoadError(
+                f"pipeline_parallel_degree={pipeline_parallel}: config.json's {key} {layers} is "
+                f"not divisible by {pipeline_parallel}; choose a degree that divides it"
+            )
 
 
 def folder_name(tensor_parallel: int, pipeline_parallel: int) -> str:

@@ -165,12 +165,7 @@ def _checked_degree(c: Configuration, a: T5Architecture, layout: str) -> int:
         native_layout.check(c.dtype, c.pipeline_parallel_degree)
     else:
         fastertransformer_layout.check(a, c.dtype)
-        fewest = min(a.num_layers, a.num_decoder_layers)
-        if c.pipeline_parallel_degree > fewest:
-            raise LoadError(
-                f"pipeline_parallel_degree={c.pipeline_parallel_degree} is more than the model's "
-                f"{fewest} layers"
-            )
+        fastertransformer_layout.check_stages(a, c.pipeline_parallel_degree)
         _warn_of_fp16(c)
     check_degree(a, degree)
     return degree

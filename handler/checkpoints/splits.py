@@ -85,14 +85,17 @@ def t5_tensors(a: T5Architecture, weights: Weights) -> Iterator[Tensor]:
     yield Tensor(HEAD, table, Split.VOCABULARY, head_name(weights, a))
 
 
-def check_degree(a: T5Architecture, degree: int) -> None:
-    """Raises LoadError, naming the degrees that are possible, where ``degree`` is not."""
+def check_degree(a: T5Architecture, degree: int, name: str = "tensor_parallel_degree") -> None:
+    """Raises LoadError, naming the degrees that are possible, where ``degree`` is not.
+
+    name: what the error calls the degree.
+    """
     if a.num_heads % degree or a.d_ff % degree:
         possible = [
             n for n in range(1, a.num_heads + 1) if a.num_heads % n == 0 and a.d_ff % n == 0
         ]
         raise LoadError(
-            f"tensor_parallel_degree={degree} does not divide num_heads={a.num_heads} and "
+            f"{name}={degree} does not divide num_heads={a.num_heads} and "
             f"d_ff={a.d_ff}; possible are {', '.join(map(str, possible))}"
         )
 

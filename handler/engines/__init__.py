@@ -90,7 +90,7 @@ def choose_backend(c: Configuration, folder: Path) -> tuple[str, str]:
     config = model_config(folder)
     model_type = config["model_type"]
     world = world_of()
-    if world.size > 1:
+    if world.by_mpirun:
         return "fastertransformer", f"rank {world.rank} of {world.size} under MPI"
     if importlib.util.find_spec("fastertransformer") and c.device_id != -1 and gpu_is_there():
         reason = _against_fastertransformer(config, c)

@@ -16,6 +16,7 @@ from typing import Any
 
 from handler.checkpoints.architecture import T5Architecture
 from handler.checkpoints.find import model_config
+from handler.checkpoints.partitioned import read_partition
 from handler.config import MAX_ROWS_ON_GPU, Configuration
 from handler.engines.fastertransformer_loading import (
     accepts,
@@ -94,7 +95,8 @@ class FasterTransformerEngine:
     name = "fastertransformer"
     draws_seeds = True
 
-    def __init__(self, folder: Path, c: Configuration) -> None:
+    def __init__(self, folder: Path, c: Configuration, *, ready_made: bool) -> None:
+        """ready_made: it was partitioned for the wheel."""
         world = world_of()
         architecture = T5Architecture.from_config(model_config(folder))
         self.quality_warning: str | None = None
@@ -105,13 +107,15 @@ class FasterTransformerEngine:
                 "option.enable_streaming=true needs Triton: set engine=Python, on an image of 0.22 "
                 "or newer, or unset it"
             )
-        tensor, pipeline = degrees(c, architecture, world, self._uses_triton)
+        tensor, pipeline = degrees(
+            c, architecture, world, uses_triton=self._uses_triton, ready_made=ready_made
+        )
         self.supported_parameters = _OF_BOTH_OBJECTS if self._uses_triton else SUPPORTED_PARAMETERS
         self.max_rows = c.max_rows or MAX_ROWS_ON_GPU
         self.tokenizer = load_tokenizer(folder, architecture.vocab_size)
         # ids that stand for no token: T5's vocabulary is padded from 32100 to 32128
         self._padding = [[i] for i in range(self.tokenizer.size, architecture.vocab_size)]
-        if world.size > 1:
+        if world.by_mpirun:
             end_with_parent()
         self.seeds = random.Random(agreed_seed(world))
         arguments: dict[str, Any] = {"dtype": "fp32" if c.dtype == "auto" else c.dtype}
@@ -250,7 +254,8 @@ def _without_twins(batch: Sequence[Generation]) -> list[list[Generation]]:
 def load(folder: Path, configuration: Configuration) -> FasterTransformerEngine:
     """The engine on the checkpoint in ``folder``. Raises LoadError."""
     config = model_config(folder)
-    refused = refusal(config, configuration)
+    ready_made = read_partition(folder) is not None
+    refused = refusal(config, configuration, ready_made=ready_made)
     if refused:
         raise LoadError(refused)
     warning = quality_warning(config, configuration)
@@ -265,6 +270,6 @@ def load(folder: Path, configuration: Configuration) -> FasterTransformerEngine:
             "option.backend=fastertransformer needs the package fastertransformer, which only the "
             f"LMI images 0.21 to 0.24 named fastertransformer have: {error}"
         ) from error
-    engine = FasterTransformerEngine(folder, configuration)
+    engine = FasterTransformerEngine(folder, configuration, ready_made=ready_made)
     engine.quality_warning = warning
     return engine

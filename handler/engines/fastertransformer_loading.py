@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from handler.checkpoints.architecture import T5Architecture
+from handler.checkpoints.fastertransformer_layout import check_stages, other_network
+from handler.checkpoints.splits import check_degree
 from handler.config import Configuration
 from handler.errors import LoadError
 from handler.ranks import World
@@ -15,12 +17,13 @@ DTYPES = ("fp32", "bf16", "fp16")
 # In fp16 the feed-forward of FLAN-T5 large and up overflows: values of 1.2e5, above 65504
 # (FasterTransformer issue 554, fastertransformer_backend issue 95).
 _WIDTH_THAT_OVERFLOWS = 1024
-# What FasterTransformer's T5 has written into it.
-_MAX_DISTANCE, _EPSILON, _ACTIVATIONS = 128, 1e-6, ("relu", "gelu_new", "silu")
 
 
-def refusal(config: dict[str, Any], c: Configuration) -> str | None:
-    """Why the wheel cannot serve this checkpoint as configured, or None."""
+def refusal(config: dict[str, Any], c: Configuration, *, ready_made: bool = False) -> str | None:
+    """Why the wheel cannot serve this checkpoint as configured, or None.
+
+    ready_made: the wheel does not convert it, it was partitioned.
+    """
     if config["model_type"] != "t5":
         return (
             f"model type {config['model_type']} is not served by backend fastertransformer, only "
@@ -36,24 +39,13 @@ def refusal(config: dict[str, Any], c: Configuration) -> str | None:
             f"option.merge_adapter={c.merge_adapter} is not supported by backend "
             "fastertransformer; merge the adapter into the checkpoint and unset it"
         )
-    return _other_network(config)
-
-
-def _other_network(config: dict[str, Any]) -> str | None:
-    """What in config.json FasterTransformer's T5 would pass over."""
     a = T5Architecture.from_config(config)
-    for key, value, served in (
-        ("relative_attention_max_distance", a.max_distance, (_MAX_DISTANCE,)),
-        ("layer_norm_epsilon", a.epsilon, (_EPSILON,)),
-        ("feed_forward_proj", a.activation, _ACTIVATIONS),
-    ):
-        if value not in served:
-            return (
-                f"config.json: {key} is {value}, backend fastertransformer computes with "
-                f"{', '.join(map(str, served))} only; set option.backend to another one"
-            )
-    # the wheel's transformers takes the key at its word; transformers 5 writes true for every T5
-    if a.scale_logits != config.get("tie_word_embeddings", True):
+    reason = other_network(a)
+    if reason is not None:
+        return f"{reason}; set option.backend to another one"
+    # The wheel's transformers takes the key at its word; transformers 5 writes true for every T5.
+    # Of what was partitioned config.ini is read, which has it right.
+    if not ready_made and a.scale_logits != config.get("tie_word_embeddings", True):
         return (
             "config.json: tie_word_embeddings is true beside scale_decoder_outputs=false, as "
             "transformers 5 saves it; backend fastertransformer would scale the logits: set "
@@ -74,9 +66,12 @@ def quality_warning(config: dict[str, Any], c: Configuration) -> str | None:
 
 
 def degrees(
-    c: Configuration, a: T5Architecture, world: World, uses_triton: bool
+    c: Configuration, a: T5Architecture, world: World, *, uses_triton: bool, ready_made: bool
 ) -> tuple[int, int]:
-    """(tensor, pipeline) as the integers that the wheel wants. Raises LoadError."""
+    """(tensor, pipeline) as the integers that the wheel wants. Raises LoadError.
+
+    ready_made: as for ``refusal``.
+    """
     import torch
 
     pipeline, gpus = c.pipeline_parallel_degree, torch.cuda.device_count()
@@ -97,17 +92,11 @@ def degrees(
         )
     if world.size == 1 and gpus and needed > gpus:
         raise LoadError(f"{told} needs {needed} GPUs, there are {gpus}; lower them")
-    for key, value, degree in (
-        ("num_heads", a.num_heads, needed),  # the wheel's converter splits by the product
-        ("d_ff", a.d_ff, needed),
-        ("num_layers", a.num_layers, pipeline),
-        ("num_decoder_layers", a.num_decoder_layers, pipeline),
-    ):
-        if value % degree:
-            raise LoadError(
-                f"{told}: config.json's {key} {value} is not divisible by {degree}; choose degrees "
-                "that divide it"
-            )
+    check_stages(a, pipeline)
+    if ready_made:
+        check_degree(a, tensor)
+    else:  # the wheel's converter splits by the product
+        check_degree(a, needed, "tensor_parallel_degree x pipeline_parallel_degree")
     return tensor, pipeline
 
 

@@ -20,6 +20,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_checkpoints import write_checkpoint
+from safetensors.numpy import load_file as load_numpy_file
 from safetensors.numpy import save_file as save_numpy_file
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
@@ -78,8 +79,8 @@ def make(base: Path, folder: Path, seed: int = 0, **settings: Any) -> Case:
     return Case(folder, model.merge_and_unload())
 
 
-def merged_weights(base: Path, adapter: Path) -> dict[str, np.ndarray]:
-    weights = MergedWeights(CheckpointWeights(base), adapter)
+def merged_weights(base: Path, adapter: Path, *, tied: bool = False) -> dict[str, np.ndarray]:
+    weights = MergedWeights(CheckpointWeights(base), adapter, tied=tied)
     return {name: weights.get(name, weights.shape(name)) for name in weights}
 
 
@@ -252,30 +253,48 @@ def test_an_adapter_in_a_bin(demo: Path, tmp_path: Path) -> None:
     assert_equal(merged_weights(demo, case.adapter), case.merged)
 
 
-def test_linear_weights_that_lie_transposed(tmp_path: Path) -> None:
-    """fan_in_fan_out, as GPT-2's layers are; peft's own layer is the oracle."""
-    from transformers.pytorch_utils import Conv1D
+def test_fan_in_fan_out_is_passed_over(demo: Path, tmp_path: Path) -> None:
+    """As peft does for nn.Linear, which all of T5's layers are."""
+    case = make(demo, tmp_path / "adapter", target_modules="all-linear")
+    change_config(case.adapter, fan_in_fan_out=True)
+    assert_equal(merged_weights(demo, case.adapter), case.merged)
 
-    class Base(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.wide = Conv1D(6, 4)  # weight [in, out] = [4, 6]
 
-    for dora in (False, True):
-        folder = tmp_path / f"dora {dora}"
-        base = Base()
-        torch.nn.init.normal_(base.wide.weight)
-        folder.mkdir()
-        save_file({"wide.weight": base.wide.weight.detach().clone()}, folder / "model.safetensors")
-        config = peft.LoraConfig(
-            r=2, target_modules=["wide"], fan_in_fan_out=True, use_dora=dora, bias="none"
-        )
-        model = peft.get_peft_model(base, config)
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.data.uniform_(0.5, 1)
-        model.save_pretrained(folder)
-        assert_equal(merged_weights(folder, folder), model.merge_and_unload())
+def stored_twice(tied: Path, folder: Path) -> Path:
+    """As torch.save keeps a tied model: its one table under each of its names."""
+    shutil.copytree(tied, folder)
+    tensors = load_numpy_file(folder / "model.safetensors")
+    for name in ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head"):
+        tensors[f"{name}.weight"] = tensors["shared.weight"]
+    save_numpy_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("target", ["shared", "lm_head"])
+def test_a_table_that_is_stored_twice_changes_under_all_its_names(
+    tied: Path, tmp_path: Path, target: str
+) -> None:
+    base = stored_twice(tied, tmp_path / "base")
+    case = make(base, tmp_path / "adapter", target_modules=["q", target])
+    found = merged_weights(base, case.adapter, tied=True)
+    assert_equal(found, case.merged)
+    assert (found["lm_head.weight"] == found["shared.weight"]).all()
+
+
+@BACKENDS
+def test_its_texts_are_those_of_the_merged_model(tied: Path, tmp_path: Path, backend: str) -> None:
+    base = stored_twice(tied, tmp_path / "base")
+    case = make(base, tmp_path / "adapter", target_modules=["q", "shared"])
+    cache = {"cache_dir": str(tmp_path / "cache")}
+    texts = answers(base, backend, merge_adapter=str(case.adapter), **cache)
+    assert texts == case.texts(base, "transformers")
+
+
+def test_one_copy_of_a_tied_table_cannot_be_replaced_alone(tied: Path, tmp_path: Path) -> None:
+    base = stored_twice(tied, tmp_path / "base")
+    case = make(base, tmp_path / "adapter", modules_to_save=["lm_head"])
+    with pytest.raises(LoadError, match=r"lm_head\.weight is changed by itself, which this base"):
+        merged_weights(base, case.adapter, tied=True)
 
 
 # What is refused
@@ -325,9 +344,16 @@ A, B = (f"base_model.model.{Q}.lora_{part}.weight" for part in "AB")
         (config_with(alora_invocation_tokens=[1]), ("alora_invocation_tokens=[1] cannot",)),
         (config_with(trainable_token_indices=[3]), ("trainable_token_indices=[3] cannot",)),
         (config_with(something_new={"a": 1}), ("something_new={'a': 1} cannot be merged",)),
-        (config_with(r=0), ("r must be an integer of at least 1, got 0",)),
-        (config_with(r="8"), ("r must be an integer of at least 1, got '8'",)),
-        (config_with(lora_alpha="big"), ("lora_alpha must be a number, got 'big'",)),
+        (config_with(r=0), ("r must be an integer of at least 1 and at most 2147483647, got 0",)),
+        (config_with(r="8"), ("at least 1 and at most 2147483647, got '8'",)),
+        (
+            config_with(lora_alpha="big"),
+            ("lora_alpha must be a number up to 2147483647, got 'big'",),
+        ),
+        (config_with(r=10**400), ("r must be an integer of at least 1 and at most 2147483647",)),
+        (config_with(lora_alpha=10**400), ("lora_alpha must be a number up to 2147483647, got 1",)),
+        (config_with(lora_alpha=float("inf")), ("lora_alpha must be a number up to",)),
+        (config_with(modules_to_save=5), ("modules_to_save must be a list of names, got 5",)),
         (config_with(rank_pattern=[1]), ("rank_pattern must be an object, got [1]",)),
         (config_with(rank_pattern={"(": 1}), ("rank_pattern", "'('", "is no regex")),
         (config_with(target_modules="("), ("target_modules '(' is no regex",)),

@@ -16,7 +16,7 @@ import numpy as np
 from handler.checkpoints.find import find_adapter
 from handler.checkpoints.lora_config import LoraConfig
 from handler.checkpoints.read import ADAPTER_WEIGHTS, Array, CheckpointWeights, Weights
-from handler.checkpoints.tensors import EMBEDDINGS, embedding_name
+from handler.checkpoints.tensors import EMBEDDINGS, HEAD, embedding_name
 from handler.config import Configuration
 from handler.errors import LoadError
 
@@ -24,13 +24,13 @@ _PREFIX = "base_model.model."
 _BLOCK_ELEMENTS = 1 << 22  # of B @ A that are computed at a time
 
 
-def merged(weights: Weights, configuration: Configuration) -> Weights:
+def merged(weights: Weights, configuration: Configuration, *, tied: bool) -> Weights:
     """The weights with option.merge_adapter merged into them; as they are where it is unset.
 
-    Raises LoadError.
+    tied: as for MergedWeights. Raises LoadError.
     """
     folder = find_adapter(configuration)
-    return weights if folder is None else MergedWeights(weights, folder)
+    return weights if folder is None else MergedWeights(weights, folder, tied=tied)
 
 
 @dataclass
@@ -50,10 +50,13 @@ class _Change:
 
 
 class MergedWeights:
-    """See Weights. ``changed`` are the base's names of the tensors that the adapter changes."""
+    """See Weights. ``changed`` are the base's names of the tensors that the adapter changes.
 
-    def __init__(self, base: Weights, adapter: Path) -> None:
-        self._base = base
+    tied: the head may be the embedding, as T5Architecture's.
+    """
+
+    def __init__(self, base: Weights, adapter: Path, *, tied: bool) -> None:
+        self._base, self._tied = base, tied
         self._config = LoraConfig.read(adapter / "adapter_config.json")
         self._adapter = CheckpointWeights(adapter, ADAPTER_WEIGHTS)
         self.paths: Sequence[Path] = [*base.paths, self._config.file, *self._adapter.paths]
@@ -134,7 +137,28 @@ class MergedWeights:
         for tensor, change in changes.items():
             self._check(tensor, change)
         self._check_completeness(changes)
+        self._spread(changes)
         return changes
+
+    def _spread(self, changes: dict[str, _Change]) -> None:
+        """To the other names of a table that is stored twice: for peft it is one parameter."""
+        names = (*EMBEDDINGS, HEAD) if self._tied else EMBEDDINGS
+        tables = [name for name in names if name in self._base]
+        changed = [name for name in tables if name in changes]
+        for name in changed:
+            others = [other for other in tables if other != name and self._are_equal(name, other)]
+            if others and (changes[name].a is None or set(others) & set(changed)):
+                raise LoadError(
+                    f"{_listed(self._adapter.paths)}: {name} is changed by itself, which this base "
+                    f"ties to {', '.join(others)}; it cannot be merged"
+                )
+            changes.update(dict.fromkeys(others, changes[name]))
+
+    def _are_equal(self, one: str, other: str) -> bool:
+        shape = self._base.shape(one)
+        return self._base.shape(other) == shape and np.array_equal(
+            self._base.get(one, shape), self._base.get(other, shape)
+        )
 
     def _check(self, tensor: str, change: _Change) -> None:
         """Complete, and of the base's shapes."""
@@ -158,8 +182,7 @@ class MergedWeights:
             )
         if len(shape) != 2:
             raise LoadError(f"{config.file}: {module} has the shape {list(shape)}, no matrix")
-        change.transposed = is_embedding or config.fan_in_fan_out
-        outputs, inputs = shape[::-1] if change.transposed else shape
+        outputs, inputs = shape[::-1] if is_embedding else shape
         rank = config.rank(module)
         self._check_shape(change.a or "", (rank, inputs), tensor)
         self._check_shape(change.b or "", (outputs, rank), tensor)

@@ -14,19 +14,22 @@ from handler.errors import LoadError, shown
 # Initial values that leave the base as it is. The others (pissa, olora, loftq, corda ...) subtract
 # from the base what the adapter begins with, so that it only fits that changed base.
 _PLAIN_INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+# fan_in_fan_out: of layers that lie transposed; peft resets it for nn.Linear, which T5's all are.
 _NO_PART_IN_A_MERGE = frozenset(
     """
-    auto_mapping base_model_name_or_path bias corda_config eva_config inference_mode lora_dropout
-    lora_ga_config loftq_config megatron_core peft_type peft_version qalora_group_size revision
-    runtime_config task_type
+    auto_mapping base_model_name_or_path bias corda_config eva_config fan_in_fan_out inference_mode
+    lora_dropout lora_ga_config loftq_config megatron_core peft_type peft_version qalora_group_size
+    revision runtime_config task_type
     """.split()
 )
 _UNDERSTOOD = frozenset(
     """
-    alpha_pattern exclude_modules fan_in_fan_out init_lora_weights layers_pattern
+    alpha_pattern exclude_modules init_lora_weights layers_pattern
     layers_to_transform lora_alpha modules_to_save r rank_pattern target_modules use_dora use_rslora
     """.split()
 )
+
+_HIGHEST = 2**31 - 1  # of r and lora_alpha
 
 Targets = Union[str, "tuple[str, ...]", None]
 
@@ -42,7 +45,6 @@ class LoraConfig:
     alpha_pattern: Mapping[str, Any]
     use_rslora: bool
     use_dora: bool
-    fan_in_fan_out: bool
     target_modules: Targets
     exclude_modules: Targets
     modules_to_save: tuple[str, ...]
@@ -61,10 +63,9 @@ class LoraConfig:
             alpha_pattern=config.get("alpha_pattern") or {},
             use_rslora=bool(config.get("use_rslora")),
             use_dora=bool(config.get("use_dora")),
-            fan_in_fan_out=bool(config.get("fan_in_fan_out")),
             target_modules=_targets(file, "target_modules", config.get("target_modules")),
             exclude_modules=_targets(file, "exclude_modules", config.get("exclude_modules")),
-            modules_to_save=tuple(map(str, config.get("modules_to_save") or ())),
+            modules_to_save=_names(file, "modules_to_save", config.get("modules_to_save")),
             some_layers=config.get("layers_to_transform") not in (None, []),
         )
         for name in ("rank_pattern", "alpha_pattern"):
@@ -77,15 +78,21 @@ class LoraConfig:
 
     def rank(self, module: str) -> int:
         rank = self.rank_pattern.get(_key_for(module, self.rank_pattern), self.r)
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise LoadError(f"{self.file}: r must be an integer of at least 1, got {shown(rank)}")
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= _HIGHEST:
+            raise LoadError(
+                f"{self.file}: r must be an integer of at least 1 and at most {_HIGHEST}, got "
+                f"{shown(rank)}"
+            )
         return rank
 
     def scaling(self, module: str) -> float:
         """The factor of B @ A (Hu et al. 2021: alpha / r; Kalajdzievski 2023: alpha / sqrt(r))."""
         alpha = self.alpha_pattern.get(_key_for(module, self.alpha_pattern), self.lora_alpha)
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-            raise LoadError(f"{self.file}: lora_alpha must be a number, got {shown(alpha)}")
+        is_number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+        if not is_number or not abs(alpha) <= _HIGHEST:
+            raise LoadError(
+                f"{self.file}: lora_alpha must be a number up to {_HIGHEST}, got {shown(alpha)}"
+            )
         rank = self.rank(module)
         return float(alpha) / (rank**0.5 if self.use_rslora else rank)
 
@@ -126,10 +133,14 @@ def _targets(file: Path, name: str, value: Any) -> Targets:
     if isinstance(value, str):
         _check_regex(file, name, value)
         return value
+    return None if value is None else _names(file, name, value, " or a regex")
+
+
+def _names(file: Path, name: str, value: Any, else_: str = "") -> tuple[str, ...]:
     if value is None:
-        return None
+        return ()
     if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
-        raise LoadError(f"{file}: {name} must be a list of names or a regex, got {shown(value)}")
+        raise LoadError(f"{file}: {name} must be a list of names{else_}, got {shown(value)}")
     return tuple(value)
 
 

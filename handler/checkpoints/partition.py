@@ -74,7 +74,7 @@ def partition(
     degree = _checked_degree(c, a, layout)
     _refuse(source, output)
     load_tokenizer(source, a.vocab_size)  # raises where the folder would have none to serve with
-    weights = merged(CheckpointWeights(source), c)
+    weights = merged(CheckpointWeights(source), c, tied=a.tied)
     check_tensors(weights, a)
     tensors = (
         native_layout.tensors_of(a, weights, c.dtype)

@@ -118,7 +118,7 @@ def load_model(folder: Path, config: dict[str, Any], c: Configuration, on_gpu: b
         model = model.to(f"cuda:{devices[0]}")
     refuse_numbers_that_are_none(model, files)
     if adapter is not None:
-        merge_adapter(model, files, adapter)
+        merge_adapter(model, files, adapter, config)
     return model.eval()
 
 

@@ -84,13 +84,17 @@ def refuse_numbers_that_are_none(model: Any, files: CheckpointWeights) -> None:
     )
 
 
-def merge_adapter(model: Any, files: CheckpointWeights, adapter: Path) -> None:
+def merge_adapter(
+    model: Any, files: CheckpointWeights, adapter: Path, config: Mapping[str, Any]
+) -> None:
     """Merge an adapter into the model's parameters, one at a time. Raises LoadError."""
     import torch
 
-    _untie(model, files)
+    tied = config.get("tie_word_embeddings") is not False
+    if not tied:
+        _untie(model, files)
     parameters = _Parameters(model, files)
-    weights = MergedWeights(parameters, adapter)
+    weights = MergedWeights(parameters, adapter, tied=tied)
     with torch.no_grad():
         for name in weights.changed:
             new = torch.from_numpy(weights.get(name, weights.shape(name)))

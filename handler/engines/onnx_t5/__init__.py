@@ -76,7 +76,11 @@ def prepare(folder: Path, c: Configuration) -> PreparedGraphs:
     partition = read_partition(folder)
     architecture = T5Architecture.from_config(model_config(folder))
     tokenizer = load_tokenizer(folder, architecture.vocab_size)
-    weights = NativeWeights(folder) if partition else merged(CheckpointWeights(folder), c)
+    weights = (
+        NativeWeights(folder)
+        if partition
+        else merged(CheckpointWeights(folder), c, tied=architecture.tied)
+    )
     use_threads(c.threads or usable_cpus())
     cache = cache_folder(folder, c.cache_dir)
     shipped = beside_the_model(folder)

@@ -51,6 +51,7 @@ LEFT_OUT = {
     "onnx/model.onnx": b"o",
     "checkpoint-500/model.safetensors": b"c",
     "adapter_model.safetensors": b"a",
+    ".s3-manifest.json": b"{}",  # of a cache that was uploaded
 }
 
 
@@ -482,6 +483,46 @@ def test_an_endpoint_that_is_down(
     damage(folder / "model.safetensors")
     text = error(tmp_path)
     assert "the endpoint http://127.0.0.1:9 cannot be reached" in text
+
+
+def test_an_address_that_looks_like_a_status(
+    s3: S3, tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_tools, "_RETRIES", 0)
+    s3.put(FILES, "run-403")
+    address = f"s3://{BUCKET}/run-403/"
+    folder = find(tmp_path, s3url=address)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    assert find(tmp_path, s3url=address) == folder, "what was downloaded before"
+
+
+@pytest.mark.parametrize("tool", ["boto3"], indirect=True)
+def test_a_check_that_fails_is_tried_again(
+    s3: S3, tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, impatient: None
+) -> None:
+    """How large its parts are is asked of S3."""
+    data = os.urandom(12 * MIB)
+    (tmp_path / "upload").write_bytes(data)
+    config = boto3.s3.transfer.TransferConfig(multipart_chunksize=7 * MIB)
+    key = f"{PREFIX}/model.safetensors"
+    s3.client.upload_file(str(tmp_path / "upload"), BUCKET, key, Config=config)
+    details, failures = s3_tools.Boto3.details, [s3_tools.S3Failure("reset by peer")]
+
+    def once(self: s3_tools.Boto3, place: s3_tools.S3Place, name: str) -> s3_tools.S3Details:
+        if failures:
+            raise failures.pop()
+        return details(self, place, name)
+
+    monkeypatch.setattr(s3_tools.Boto3, "details", once)
+    assert files_in(find(tmp_path / "cache"))["model.safetensors"] == data
+    assert not failures
+
+
+def test_a_partition_is_not_downloaded(s3: S3, tool: str, tmp_path: Path) -> None:
+    s3.put({"config.json": b"{}", "partition.json": b"{}", "rank-0-of-1.safetensors": b""}, "p")
+    text = error(tmp_path, s3url=f"s3://{BUCKET}/p")
+    assert "option.s3url=s3://models/p is partitioned" in text
+    assert "copy all of it to this host" in text
 
 
 def test_neither_tool(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

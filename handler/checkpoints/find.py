@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from handler.checkpoints import hub, s3
-from handler.checkpoints.selection import ADAPTER, CHECKPOINT, Selection
+from handler.checkpoints.selection import ADAPTER, CHECKPOINT, PARTITION, Selection
 from handler.config import Configuration
 from handler.errors import LoadError
 
@@ -85,12 +85,23 @@ def _found(
         folder = hub.download(
             place, selection, option=option, revision=revision, cache_dir=c.cache_dir
         )
+        _refuse_partitioned(folder, f"option.{option}={place}")
     return _checked(folder, selection, f"change option.{option}")
 
 
 def _from_s3(address: str, selection: Selection, c: Configuration, *, option: str) -> Path:
     folder = s3.download(address, selection, option=option, cache_dir=c.cache_dir)
+    _refuse_partitioned(folder, f"option.{option}={address}")
     return _checked(folder, selection, f"change option.{option}")
+
+
+def _refuse_partitioned(folder: Path, place: str) -> None:
+    """FasterTransformer's would have to lie where it was made for, and not in a cache."""
+    if (folder / PARTITION).is_file():
+        raise LoadError(
+            f"{place} is partitioned, which is served from a folder only: copy all of it to this "
+            "host, subfolders too, and set option.model_id to the folder"
+        )
 
 
 def _folder(place: str, c: Configuration) -> Path | None:

@@ -102,15 +102,17 @@ class _Download:
         whole: dict[str, CheckedFile] = {}
         failure = S3Failure("")
         for attempt in range(_ATTEMPTS):
-            missing = self._missing(partial, whole)
-            if not missing:
-                return whole
             if attempt:
                 wait = _FIRST_WAIT * 2 ** (attempt - 1)
                 logger.warning("download failed, next attempt in %.0f s: %s", wait, failure)
                 time.sleep(wait)
             try:
-                self._fetch(missing, partial)
+                missing = self._missing(partial, whole)
+                if missing:
+                    self._fetch(missing, partial)
+                    missing = self._missing(partial, whole)
+                if not missing:
+                    return whole
                 failure = S3Failure(
                     f"what arrived as {missing[0].name} is not what S3 lists (size "
                     f"{missing[0].size}, ETag {missing[0].etag})"
@@ -119,8 +121,6 @@ class _Download:
                 if error.final:
                     raise
                 failure = error
-        if not self._missing(partial, whole):
-            return whole
         raise S3Failure(f"{failure} ({_ATTEMPTS} attempts)")
 
     def _remove_leftovers(self, partial: Path) -> None:

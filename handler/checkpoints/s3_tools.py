@@ -102,7 +102,7 @@ _WORDS: Mapping[str, tuple[str, bool]] = {
     "NoCredentialProviders": ("there are no credentials", True),
     "NoCredentialsError": ("there are no credentials", True),
     "no space left on device": ("the disk is full", True),
-    # where S3 sends no code, as for HEAD; last, since s5cmd adds the status to every code
+    # statuses, where S3 sends no code, as for HEAD; last, since s5cmd adds the status to every code
     "404": ("there is no such key", True),
     "403": ("no permission", True),
 }
@@ -112,18 +112,19 @@ _UNREACHABLE = re.compile(
 )
 
 
-def _failure(code: str, text: str) -> S3Failure:
-    """code: S3's own, or "" to look for one in the text."""
-    text = " ".join(text.split())
-    for known, (words, final) in _WORDS.items():
-        if code == known or (not code and known in text):
-            return S3Failure(f"{words} ({text[:_LONGEST_REASON]})", final=final)
-    if _UNREACHABLE.search(f"{code} {text}"):
+def _failure(code: str, text: str, what: str = "") -> S3Failure:
+    """code: S3's own, or "" to look for one in the text. what: it was about; not looked at."""
+    reason = " ".join(f"{what}{text}".split())[:_LONGEST_REASON]
+    # First, since such a text has the address, which may hold anything. Credentials are looked for
+    # at an address, too.
+    if _UNREACHABLE.search(f"{code} {text}") and "NoCredentialProviders" not in text:
         where = endpoint() or "AWS"
-        return S3Failure(
-            f"the endpoint {where} cannot be reached ({text[:_LONGEST_REASON]})", unreachable=True
-        )
-    return S3Failure(text[:_LONGEST_REASON] or code)
+        return S3Failure(f"the endpoint {where} cannot be reached ({reason})", unreachable=True)
+    for known, (words, final) in _WORDS.items():
+        told = f"status code: {known}" if known.isdigit() else known
+        if code == known or (not code and told in text):
+            return S3Failure(f"{words} ({reason})", final=final)
+    return S3Failure(reason or code)
 
 
 class S5cmd:
@@ -202,7 +203,7 @@ def _s5cmd_failure(told: str) -> S3Failure:
     for line in reversed(told.splitlines()):
         try:
             entry = json.loads(line)
-            return _failure("", f"{entry.get('command', 's5cmd')}: {entry['error']}")
+            return _failure("", str(entry["error"]), f"{entry.get('command', 's5cmd')}: ")
         except (ValueError, KeyError, TypeError):
             continue
     return _failure("", told or "s5cmd ended without a word")
@@ -266,8 +267,8 @@ def _boto3_failures(what: str = "") -> Iterator[None]:
         yield
     except ClientError as error:
         code = str(error.response.get("Error", {}).get("Code", ""))
-        raise _failure(code, f"{what}{error}") from error
+        raise _failure(code, str(error), what) from error
     except (BotoCoreError, Boto3Error) as error:
-        raise _failure(type(error).__name__, f"{what}{error}") from error
+        raise _failure(type(error).__name__, str(error), what) from error
     except OSError as error:  # of the disk
         raise S3Failure(f"{what}{error}", final=True) from error

@@ -8,6 +8,9 @@ from fnmatch import fnmatchcase
 
 from handler.checkpoints.read import ADAPTER_WEIGHTS, MODEL_WEIGHTS, WeightNames
 
+# Tells of a partitioned folder, whose other files it names.
+PARTITION = "partition.json"
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -15,7 +18,8 @@ class Selection:
 
     Weights come in one form: safetensors where they are there, else what torch.save wrote. Never
     copies for TensorFlow, Flax and ONNX, what training left, or what a broken download left
-    (``model.safetensors1234567``); nothing from subfolders.
+    (``model.safetensors1234567``); nothing hidden (as what a download here notes), nothing from
+    subfolders.
     """
 
     description: str
@@ -30,7 +34,7 @@ class Selection:
     def unwanted(self, form: str) -> list[str]:
         """Patterns that win over ``wanted``."""
         others = [f"{name}.index.json" for name in self.weights if name != form]
-        return ["*/*", "tf_model*", "flax_model*", *others]
+        return ["*/*", ".*", "tf_model*", "flax_model*", *others]
 
     def chosen(self, names: Collection[str]) -> list[str]:
         """Of names relative to a place, those to take."""

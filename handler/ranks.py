@@ -55,9 +55,12 @@ def agreed_seed(world: World, environment: Mapping[str, str] = os.environ) -> in
 
     place = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
     try:
+        port = int(environment["MASTER_PORT"])
+        if not 0 < port < 1 << 16:
+            raise ValueError("no port")
         store = TCPStore(
             environment["MASTER_ADDR"],
-            int(environment["MASTER_PORT"]),
+            port,
             world.size,
             world.rank == 0,
             timeout=timedelta(seconds=_AGREEMENT_SECONDS),

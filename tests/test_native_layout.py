@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from random_checkpoints import write_checkpoint
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from handler.checkpoints.partition import partition
 from handler.checkpoints.quantized import TINY
@@ -106,8 +106,6 @@ def test_int8_has_one_scale_for_each_output(tmp_path: Path, demo: Path, variant:
 
 
 def test_a_row_of_zeros(tmp_path: Path, demo: Path) -> None:
-    from safetensors.numpy import save_file
-
     source = write_checkpoint(tmp_path / "c", "flan-t5", demo)
     weights = load_file(source / "model.safetensors")
     weights["lm_head.weight"][7] = 0
@@ -258,6 +256,28 @@ def test_weights_that_were_changed_are_never_built_from(tmp_path: Path, demo: Pa
     weights.write_bytes(data)
     with pytest.raises(LoadError, match=r"safetensors is not the file that partition\.json tells"):
         answers(folder)
+
+
+@pytest.mark.parametrize("start", [b"\xff" * 8, (40).to_bytes(8, "little") + b"{" * 40], ids=repr)
+def test_a_damaged_header(tmp_path: Path, demo: Path, start: bytes) -> None:
+    source = write_checkpoint(tmp_path / "c", "flan-t5", demo)
+    weights = made(source, tmp_path / "out") / "rank-0-of-1.safetensors"
+    weights.write_bytes(start + weights.read_bytes()[len(start) :])
+    with pytest.raises(LoadError, match=r"rank-0-of-1\.safetensors is not a safetensors file"):
+        answers(tmp_path / "out")
+
+
+def test_a_weight_beyond_bf16(tmp_path: Path, demo: Path) -> None:
+    """fp32 goes on a little beyond the largest bf16."""
+    source = write_checkpoint(tmp_path / "c", "flan-t5", demo)
+    weights = load_file(source / "model.safetensors")
+    weights["shared.weight"][3, 3] = -3.4e38
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LoadError, match=r"shared\.weight holds 3\.4e\+38, bf16 ends at"):
+        made(source, tmp_path / "out", dtype="bf16")
+    weights["shared.weight"][3, 3] = -3.389e38
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    made(source, tmp_path / "out", dtype="bf16")
 
 
 def test_only_int8_for_one_rank_brings_graphs(tmp_path: Path, demo: Path) -> None:

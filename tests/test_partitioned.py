@@ -95,6 +95,30 @@ def test_auto_and_max_are_what_it_was_made_for(make: Callable[..., Path]) -> Non
     assert as_partitioned(asked, source) == asked
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"files": ["config.json"]},
+        {"files": None},
+        {"files": {"config.json": 5}},
+        {"files": {"config.json": [5]}},
+        {"files": {"config.json": ["5", None]}},
+        {"architecture": []},
+        {"architecture": None},
+        {"tensor_parallel_degree": "1"},
+        {"dtype": None},
+    ],
+    ids=str,
+)
+def test_a_partition_json_with_other_values(
+    make: Callable[..., Path], changes: dict[str, Any]
+) -> None:
+    folder = make("native")
+    told = json.loads((folder / "partition.json").read_text())
+    (folder / "partition.json").write_text(json.dumps({**told, **changes}))
+    assert "partition.json is damaged" in refused(folder)
+
+
 def test_another_place(make: Callable[..., Path]) -> None:
     """Loaded from there, the wheel would delete its files."""
     words = refused(make("fastertransformer"), backend="fastertransformer")

@@ -75,9 +75,10 @@ def test_ranks_make_the_same_calls_and_answer_the_same(tmp_path: Path, demo: Pat
         ),
         ({"OPTION_BACKEND": "onnxruntime"}, "runs in one process, mpirun started 2"),
         ({"MASTER_PORT": ""}, "did not meet the others at MASTER_ADDR:MASTER_PORT"),
+        ({"MASTER_PORT": "99999999"}, "MASTER_ADDR:MASTER_PORT 127.0.0.1:99999999 (no port)"),
         ({"FT_DOUBLE_FAIL": "1:load"}, "an illegal memory access in load"),
     ],
-    ids=["world size", "backend", "no port", "one rank"],
+    ids=["world size", "backend", "no port", "a wrong port", "one rank"],
 )
 def test_a_load_that_fails_ends_the_job(
     tmp_path: Path, demo: Path, environment: dict[str, str], words: str
@@ -103,9 +104,10 @@ def test_a_killed_rank_ends_the_job(tmp_path: Path, demo: Path, size: int) -> No
         assert are_gone(pids)
 
 
-def test_ranks_do_not_outlive_mpirun(tmp_path: Path, demo: Path) -> None:
+@pytest.mark.parametrize("size", [1, 2])
+def test_ranks_do_not_outlive_mpirun(tmp_path: Path, demo: Path, size: int) -> None:
     """DJLServing kills mpirun alone."""
-    with job_of(2, tmp_path, CALLS, gated=True, OPTION_MODEL_ID=str(demo)) as job:
+    with job_of(size, tmp_path, CALLS, gated=True, OPTION_MODEL_ID=str(demo)) as job:
         pids = job.pids_in_a_call()
         job.mpirun.kill()
         assert are_gone(pids)

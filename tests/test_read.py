@@ -260,6 +260,11 @@ def twice_in_a_header(folder: Path) -> None:
     (folder / SAFETENSORS).write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
 
 
+def header_of(entry: str) -> Change:
+    header = f'{{"a":{entry}}}'.encode()
+    return written(SAFETENSORS, len(header).to_bytes(8, "little") + header + bytes(4))
+
+
 def overlapping(folder: Path) -> None:
     header = (
         b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
@@ -320,6 +325,19 @@ WI = "encoder.block.0.layer.1.DenseReluDense.wi_1.weight"
         (index_of('{"weight_map": {"a": "../a.safetensors"}}'), ("a is in", "which is no shard")),
         (index_of('{"weight_map": {}}'), ("index.json is damaged: it names no tensors",)),
         (twice_in_a_header, (SAFETENSORS, "a is there twice")),
+        (
+            header_of('{"dtype":"F32","shape":[1],"data_offsets":[0,1e999]}'),
+            (SAFETENSORS, "is not a safetensors file"),
+        ),
+        (
+            header_of('{"dtype":"F32","shape":[Infinity],"data_offsets":[0,4]}'),
+            (SAFETENSORS, "is not a safetensors file"),
+        ),
+        (
+            bin_with(NORM, torch.ones(32).to_sparse()),
+            (BIN, f"tensor {NORM} is sparse; save the checkpoint with dense tensors"),
+        ),
+        (bin_with(NORM, torch.ones(32, device="meta")), (f"tensor {NORM} is without data",)),
         (overlapping, (SAFETENSORS, "tensor b begins at byte 4", "ends at 8")),
         (a_tar, (BIN, "is a tar file, which is refused")),
         (a_pickle, (BIN, "is damaged, torch cannot read it")),

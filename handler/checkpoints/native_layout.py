@@ -29,6 +29,7 @@ import numpy.typing as npt
 from handler.checkpoints.architecture import T5Architecture
 from handler.checkpoints.quantized import QuantizedWeight, Weight, quantize, row_scales
 from handler.checkpoints.read import Array, Weights
+from handler.checkpoints.safetensors_file import SafetensorsFile
 from handler.checkpoints.splits import Split, Tensor, chunks, t5_tensors, to_fp16
 from handler.errors import LoadError
 
@@ -38,6 +39,7 @@ DTYPES = ("fp32", "fp16", "bf16", "int8")
 _TYPES = {"F32": (4, "<f4"), "F16": (2, "<f2"), "BF16": (2, "<u2"), "I8": (1, "<i1")}
 _STORED_AS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "int8": "F32"}
 _ALIGNMENT = 64
+_BF16_INFINITY = 0x7F80  # its bits without the sign
 
 
 def check(dtype: str, pipeline_parallel: int) -> None:
@@ -139,8 +141,13 @@ def _converted(array: Array, kind: str, name: str) -> npt.NDArray[Any]:
         return to_fp16(array, name)
     if kind == "BF16":  # the upper half of an fp32, rounded to nearest, to even between two
         bits = np.ascontiguousarray(array).view("<u4")
-        rounded: npt.NDArray[np.uint32] = bits + (0x7FFF + ((bits >> 16) & 1))
-        return (rounded >> 16).astype("<u2")
+        rounded: npt.NDArray[np.uint32] = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+        if ((rounded & _BF16_INFINITY) == _BF16_INFINITY).any():
+            raise LoadError(
+                f"tensor {name} holds {np.abs(array).max():g}, bf16 ends at 3.38953e+38; set dtype "
+                "to fp32"
+            )
+        return rounded.astype("<u2")
     return array
 
 
@@ -190,23 +197,20 @@ class NativeWeights:
     """See Weights: the tensors of a folder made for one rank. Scales have no names of their own."""
 
     def __init__(self, folder: Path) -> None:
-        path = folder / file_name(0, 1)
-        self.paths = [path]
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            self._entries: dict[str, Any] = json.loads(stream.read(length))
-        self._start = 8 + length
+        self._file = SafetensorsFile(folder / file_name(0, 1))
+        self.paths = [self._file.path]
 
     def __iter__(self) -> Iterator[str]:
-        return (n for n in self._entries if n != "__metadata__" and not n.endswith(".scale"))
+        return (name for name in self._file.names if not name.endswith(".scale"))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return name in self._file.names
 
     def shape(self, name: str) -> tuple[int, ...]:
-        if name not in self:
+        stored = self._file.stored(name)
+        if stored is None:
             raise LoadError(f"{self.paths[0]}: no tensor {name}")
-        return tuple(self._entries[name]["shape"])
+        return stored[1]
 
     def file(self, name: str) -> Path:
         return self.paths[0]
@@ -224,10 +228,6 @@ class NativeWeights:
         return QuantizedWeight(self._read(name, "I8", shape), scales)
 
     def _read(self, name: str, kind: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        entry = self._entries.get(name)
-        if entry is None or entry["dtype"] != kind or tuple(entry["shape"]) != shape:
+        if self._file.stored(name) != (kind, shape):
             raise LoadError(f"{self.paths[0]}: no tensor {name} of type {kind} and {list(shape)}")
-        begin, end = entry["data_offsets"]
-        count = (end - begin) // _TYPES[kind][0]
-        flat = np.fromfile(self.paths[0], _TYPES[kind][1], count, offset=self._start + begin)
-        return flat.reshape(shape)
+        return self._file.read_as_stored(name)

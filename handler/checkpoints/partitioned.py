@@ -11,11 +11,12 @@ from typing import Any
 from handler import __version__
 from handler.checkpoints.architecture import T5Architecture
 from handler.checkpoints.find import model_config
+from handler.checkpoints.selection import PARTITION
 from handler.config import Configuration
-from handler.errors import LoadError
+from handler.errors import LoadError, shown
 
 FORMATS = ("fastertransformer", "native")
-MANIFEST = "partition.json"
+MANIFEST = PARTITION
 # Counts up when a folder of an older version must not be read.
 _FORMAT_VERSION = 1
 
@@ -61,7 +62,9 @@ def read_partition(folder: Path) -> Partition | None:
                 f"{file} is of format version {version!r}, this handler ({__version__}) reads "
                 f"{_FORMAT_VERSION}; partition the original checkpoint again"
             )
-        return Partition(**told)
+        made = Partition(**told)
+        _check_types(made)
+        return made
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -118,6 +121,25 @@ def _check_model(p: Partition, folder: Path) -> None:
                 f"{folder} was partitioned from a model with {name}={p.architecture.get(name)!r}, "
                 f"its config.json says {value!r}; partition the original checkpoint again"
             )
+
+
+def _check_types(p: Partition) -> None:
+    """Raises TypeError."""
+    degrees = p.tensor_parallel_degree, p.pipeline_parallel_degree
+    for values, kind in (
+        ((p.format, p.dtype, p.source, p.handler_version), str),
+        (degrees, int),
+        ((p.architecture, p.files), dict),
+        ([e for e in p.files.values() if e is not None] if isinstance(p.files, dict) else [], list),
+    ):
+        for value in values:
+            if not isinstance(value, kind):
+                raise TypeError(f"{shown(value)} is no {kind.__name__}")
+    for entry in p.files.values():
+        if entry is not None:
+            size, digest = entry
+            if not isinstance(size, int) or not isinstance(digest, (str, type(None))):
+                raise TypeError(f"{shown(entry)} is no size and digest")
 
 
 def _size(path: Path) -> int | None:

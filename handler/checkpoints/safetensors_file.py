@@ -14,7 +14,17 @@ import numpy.typing as npt
 from handler.errors import LoadError
 
 _NUMPY_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_STORED_TYPES = {**_NUMPY_TYPES, "I8": "<i1"}
 _LONGEST_HEADER = 100_000_000  # the format's own limit
+# What reading a header that is none, or has other values, raises; Infinity is no integer.
+_WRONG_HEADERS = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    OverflowError,
+)
 
 
 class _Place(NamedTuple):
@@ -63,7 +73,7 @@ class SafetensorsFile:
             places = {name: _Place.of(entry) for name, entry in entries.items()}
             if not places:
                 raise ValueError("no tensors")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except _WRONG_HEADERS as error:
             raise LoadError(f"{self.path} is not a safetensors file: {error!r}") from error
         end = self._start + max(place.end for place in places.values())
         if end != size:
@@ -82,7 +92,7 @@ class SafetensorsFile:
         return places
 
     def _check_length(self, name: str, place: _Place) -> None:
-        kind = _NUMPY_TYPES.get(place.dtype)
+        kind = _STORED_TYPES.get(place.dtype)
         length = place.end - place.begin
         if kind is not None and length != math.prod(place.shape) * np.dtype(kind).itemsize:
             raise LoadError(
@@ -99,23 +109,32 @@ class SafetensorsFile:
             )
         return place.shape
 
+    def stored(self, name: str) -> tuple[str, tuple[int, ...]] | None:
+        """(the format's name of the type, shape) of any tensor; None where it is missing."""
+        place = self._places.get(name)
+        return None if place is None else (place.dtype, place.shape)
+
     def read(self, name: str) -> npt.NDArray[np.float32]:
+        self.shape(name)
+        array = self.read_as_stored(name)
+        if self._places[name].dtype == "BF16":  # the upper half of an fp32
+            array = (array.astype("<u4") << 16).view("<f4")
+        with np.errstate(over="ignore"):  # of fp64; who reads refuses infinity
+            return array.astype(np.float32, copy=False)
+
+    def read_as_stored(self, name: str) -> npt.NDArray[Any]:
+        """The numbers of a float tensor or one of I8; of BF16 the bits."""
         place = self._places[name]
-        count = math.prod(self.shape(name))
-        kind = _NUMPY_TYPES[place.dtype]
+        count = math.prod(place.shape)
         try:
-            flat = np.fromfile(self.path, kind, count, offset=self._start + place.begin)
+            flat = np.fromfile(
+                self.path, _STORED_TYPES[place.dtype], count, offset=self._start + place.begin
+            )
         except OSError as error:
             raise LoadError(f"{self.path} cannot be read: {error}") from error
         if flat.size != count:
             raise LoadError(f"{self.path}: the file ends within tensor {name}")
-        if place.dtype == "BF16":  # the upper half of an fp32
-            flat = (flat.astype("<u4") << 16).view("<f4")
-        with np.errstate(over="ignore"):  # of fp64; who reads refuses infinity
-            array: npt.NDArray[np.float32] = flat.reshape(place.shape).astype(
-                np.float32, copy=False
-            )
-        return array
+        return flat.reshape(place.shape)
 
     def release(self) -> None:
         """Nothing is held."""

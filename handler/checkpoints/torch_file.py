@@ -98,6 +98,11 @@ class TorchFile:
                     f"{self.path}: {name} is no tensor, but a {type(tensor).__name__}; save the "
                     "model's state_dict() alone"
                 )
+            if tensor.is_meta or tensor.layout != torch.strided:
+                kind = "without data (on the device meta)" if tensor.is_meta else "sparse"
+                raise LoadError(
+                    f"{self.path}: tensor {name} is {kind}; save the checkpoint with dense tensors"
+                )
         self._state = state
         return state
 

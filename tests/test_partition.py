@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -244,29 +248,60 @@ def test_a_disk_that_is_full(tmp_path: Path, checkpoint: Path, layout: str) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_cut_short_leaves_nothing(tmp_path: Path, checkpoint: Path) -> None:
-    """The signal comes while the second tensor is written."""
-    program = (
-        "import os, signal, sys\n"
-        "from handler import cli\n"
-        "from handler.checkpoints import native_layout\n"
-        "append, count = native_layout._RankFile.append, 0\n"
-        "def counted(*arguments):\n"
-        "    global count\n"
-        "    count += 1\n"
-        "    if count == 2: os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    append(*arguments)\n"
-        "native_layout._RankFile.append = counted\n"
-        "cli.main(sys.argv[1:])\n"
-    )
-    ended = subprocess.run(
-        [sys.executable, "-c", program, "partition", checkpoint, "-o", tmp_path / "out"],
-        cwd=ROOT,
-        timeout=WAIT,
-        stderr=subprocess.PIPE,
-    )
-    assert ended.returncode == 128 + signal.SIGTERM, ended.stderr
+_ENDING_ITSELF = """
+import os, sys
+from handler import cli
+from handler.checkpoints import native_layout
+
+append, count = native_layout._RankFile.append, 0
+
+def counted(*arguments):
+    global count
+    count += 1
+    if count == 2: os.kill(os.getpid(), int(sys.argv[1]))
+    append(*arguments)
+
+native_layout._RankFile.append = counted
+cli.main(sys.argv[2:])
+"""
+
+
+def cut_short(checkpoint: Path, output: Path, number: signal.Signals) -> int:
+    """The signal comes while the second tensor is written; the exit status."""
+    ends = [str(int(number)), "partition", str(checkpoint), "-o", str(output)]
+    command = [sys.executable, "-c", _ENDING_ITSELF, *ends]
+    return subprocess.run(command, cwd=ROOT, timeout=WAIT).returncode
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_is_cut_short_leaves_nothing(
+    tmp_path: Path, checkpoint: Path, number: signal.Signals
+) -> None:
+    assert cut_short(checkpoint, tmp_path / "out", number) == 128 + number
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path, checkpoint: Path) -> None:
+    out = tmp_path / "out"
+    assert cut_short(checkpoint, out, signal.SIGKILL) == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    with held(left):
+        made(checkpoint, out)
+        assert left.is_dir(), "another run writes it"
+    shutil.rmtree(out)
+    made(checkpoint, out)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Locked, as by the run that writes it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 # The command
@@ -288,6 +323,17 @@ def test_the_command_for_fastertransformer(tmp_path: Path, checkpoint: Path) -> 
     assert ended.returncode == 0
     assert "take bf16 or fp32" in ended.stderr
     assert (tmp_path / "out" / "1-gpu" / "verify").read_bytes() == b"/models/t5-fp16-1-1"
+
+
+def test_help_says_what_values_are() -> None:
+    told = command("--help").stdout
+    for flag in (
+        "--tensor-parallel-degree N",
+        "--pipeline-parallel-degree N",
+        "--dtype DTYPE",
+        "--model-path-on-host PATH",
+    ):
+        assert f"  {flag}" in told
 
 
 def test_errors_of_the_command_are_one_line(tmp_path: Path, checkpoint: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import hashlib
 import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
 
@@ -216,22 +218,54 @@ def _appearing(output: Path) -> Iterator[Path]:
     output = output.absolute()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-        try:
+        _remove_leftovers(output)
+        with _aside(output) as aside:
             aside.chmod(0o755)
             yield aside
             _replace(output, aside)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise LoadError(
             f"cannot write {output}: {error.strerror or error}; choose another output, or make room"
         ) from error
 
 
+@contextmanager
+def _aside(output: Path) -> Iterator[Path]:
+    """A new folder beside ``output``, held by a lock, that is removed in the end."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_prefix(output), dir=output.parent))
+        handle = os.open(folder, os.O_RDONLY)
+        with suppress(OSError):  # file systems that lock no folders: nobody takes it for left over
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if folder.is_dir():
+            break
+        os.close(handle)  # taken for left over before it was locked
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+def _remove_leftovers(output: Path) -> None:
+    """Folders of runs that were killed: nobody holds their locks any more."""
+    for folder in output.parent.glob(f"{glob.escape(_prefix(output))}*"):
+        with suppress(OSError):
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(handle)
+
+
+def _prefix(output: Path) -> str:
+    return f".{output.name}.partition-"
+
+
 def _replace(output: Path, aside: Path) -> None:
     if output.is_dir() and any(output.iterdir()):
-        old = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        old = Path(tempfile.mkdtemp(prefix=_prefix(output), dir=output.parent))
         output.rename(old)
         aside.rename(output)
         shutil.rmtree(old)

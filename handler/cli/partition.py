@@ -24,17 +24,18 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--format", choices=FORMATS, default="native", help="for which engines (default: native)"
     )
-    for name, meaning in (
-        ("tensor_parallel_degree", "GPUs that share each layer (default: 1)"),
-        ("pipeline_parallel_degree", "groups of layers, fastertransformer only (default: 1)"),
-        ("dtype", "fp32, bf16, fp16 or int8 (default: fp32)"),
+    for name, metavar, meaning in (
+        ("tensor_parallel_degree", "N", "GPUs that share each layer (default: 1)"),
+        ("pipeline_parallel_degree", "N", "groups of layers, fastertransformer only (default: 1)"),
+        ("dtype", "DTYPE", "fp32, bf16, fp16 or int8 (default: fp32)"),
         (
             "model_path_on_host",
+            "PATH",
             "where it is served from, fastertransformer (default: /opt/ml/model)",
         ),
     ):
         flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, metavar=name.split("_")[0].upper(), help=meaning)
+        parser.add_argument(flag, metavar=metavar, help=meaning)
     add_model_arguments(parser)
     parser.set_defaults(run=run)
 
@@ -45,7 +46,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     start_log(quiet=True)
     # so that what is half written is removed
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for ends in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ends, lambda number, _: sys.exit(128 + number))
     flags = ("tensor_parallel_degree", "pipeline_parallel_degree", "dtype", "model_path_on_host")
     told = [f"{name}={getattr(arguments, name)}" for name in flags if getattr(arguments, name)]
     choice = choose_model(arguments.model, [*arguments.option, *told])

@@ -49,7 +49,9 @@ class Server:
     def __init__(self, arrangement: str, model: Path, options: dict[str, Any]) -> None:
         self.arrangement = arrangement
         arguments = [str(model), "--port", "0"]
-        for name, value in {**options, "backend": BACKENDS[arrangement]}.items():
+        # rounds ask the same prompts again, which only one of the arrangements would remember
+        own = {"backend": BACKENDS[arrangement], "encoder_cache": 0}
+        for name, value in {**options, **own}.items():
             arguments += ["--option", f"{name}={value}"]
         descriptor, self._times_file = tempfile.mkstemp(suffix=".json")
         os.close(descriptor)
@@ -105,6 +107,7 @@ class StaticBatches:
     """
 
     supported_parameters = SUPPORTED_PARAMETERS
+    draws_seeds = False
 
     def __init__(self, engine: StepEngine) -> None:
         self._engine = engine
@@ -153,12 +156,12 @@ class _TimedGeneration(Generation):
         self._moments = [time.perf_counter()]
         self.noted.append(self._moments)
 
-    def append(self, token_id: int, log_prob: float) -> bool:
+    def append(self, *arguments: Any) -> bool:
         self._moments.append(time.perf_counter())
-        return super().append(token_id, log_prob)
+        return super().append(*arguments)
 
 
-def _static_batcher(engine: StepEngine, max_queue: int) -> Batcher:
+def _static_batcher(engine: StepEngine, max_queue: int, encoder_cache: int) -> Batcher:
     return Batcher(StaticBatches(engine), max_queue)
 
 

@@ -76,17 +76,12 @@ class Runner(ABC):
 
     def check_room(self, count: int) -> None:
         """Raises RequestError where so many prompts could not be queued now."""
-        if os.getpid() != self._process:  # threads stay behind, and so do the locks they hold
-            raise RequestError(
-                "the model was loaded in another process, from which this one was forked; load it "
-                "after the fork",
-                503,
-            )
+        self._check_process()
         self._waiting.check_room(count)
 
     def submit(self, generations: Sequence[Generation]) -> None:
         """Queue all of a client's prompts or, raising RequestError, none."""
-        self.check_room(len(generations))
+        self._check_process()
         self._waiting.submit(generations)
 
     def new_seed(self) -> int:
@@ -117,6 +112,15 @@ class Runner(ABC):
             for generation in self._in_progress():
                 generation.future.cancel()
             self._thread.join(_GOODBYE_SECONDS)
+
+    def _check_process(self) -> None:
+        """Threads stay behind at a fork, and so do the locks that they hold."""
+        if os.getpid() != self._process:
+            raise RequestError(
+                "the model was loaded in another process, from which this one was forked; load it "
+                "after the fork",
+                503,
+            )
 
     def _serve(self) -> None:
         """The thread. Whatever fails, everybody is answered and the next ones are served."""

@@ -16,7 +16,7 @@ from handler.generation import GenerationResult, ScoreRequest, checked_text
 from handler.parameters import parameters_in_use
 from handler.schemas.inputs import FIELDS, check_fields, parse_inputs
 from handler.schemas.protocol import Deployment, ParsedRequest, StreamWriter
-from handler.schemas.records import check_finite, lmi_error
+from handler.schemas.records import check_finite, lmi_error, vocabulary_token
 from handler.tokenizer import Tokenizer
 
 CHOICES, TARGETS = "choices", "targets"
@@ -137,7 +137,5 @@ def _scores(given: Sequence[str], results: Sequence[GenerationResult]) -> list[J
 
 
 def _tokens(result: GenerationResult, tokenizer: Tokenizer) -> list[Json]:
-    return [
-        {"id": token_id, "text": tokenizer.token(token_id), "log_prob": log_prob}
-        for token_id, log_prob in zip(result.token_ids, result.log_probs)
-    ]
+    told = zip(result.token_ids, result.log_probs)
+    return [vocabulary_token(token_id, log_prob, tokenizer) for token_id, log_prob in told]

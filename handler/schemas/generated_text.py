@@ -27,6 +27,7 @@ from handler.schemas.records import (
     server_sent_event,
     text_alone,
     token_texts,
+    vocabulary_token,
 )
 from handler.tokenizer import Tokenizer
 
@@ -110,7 +111,7 @@ class Outputs(_InputsSchema):
         check_finite(result)
 
         def token(token_id: int, log_prob: float | None) -> Json:
-            return {"id": token_id, "text": tokenizer.token(token_id), "log_prob": log_prob}
+            return vocabulary_token(token_id, log_prob, tokenizer)
 
         details = _common_details(result)
         details["tokens"] = list(map(token, result.token_ids, log_probs_of(result)))

@@ -56,6 +56,11 @@ def log_probs_of(result: GenerationResult) -> Sequence[float | None]:
     return result.log_probs or [None] * len(result.token_ids)
 
 
+def vocabulary_token(token_id: int, log_prob: float | None, tokenizer: Tokenizer) -> dict[str, Any]:
+    """A token as the schema outputs tells it: its text is what the vocabulary writes."""
+    return {"id": token_id, "text": tokenizer.token(token_id), "log_prob": log_prob}
+
+
 def token_texts(token_ids: Sequence[int], tokenizer: Tokenizer) -> Iterator[str]:
     """Each token's share of the text: joined they are what ``token_ids`` decode to.
 

@@ -80,13 +80,8 @@ def choose_backend(c: Configuration, folder: Path) -> tuple[str, str]:
     partition = read_partition(folder)
     if partition is not None:
         return _backend_of_partition(partition, c, folder)
-    if c.backend in ("fastertransformer", "onnxruntime", "transformers"):
-        return c.backend, "option.backend"
     if c.backend != "auto":
-        raise LoadError(
-            f"option.backend={c.backend} is not in this version, allowed are auto, "
-            "fastertransformer, onnxruntime and transformers"
-        )
+        return c.backend, "option.backend"
     config = model_config(folder)
     model_type = config["model_type"]
     world = world_of()
@@ -99,10 +94,12 @@ def choose_backend(c: Configuration, folder: Path) -> tuple[str, str]:
         logger.info("not backend fastertransformer: %s", reason)
     if model_type not in T5_FAMILY:
         return "transformers", f"model type {model_type} is not of the T5 family"
-    if c.dtype in ("fp16", "bf16"):
-        return "transformers", f"option.dtype={c.dtype}"
     if c.device_id != -1 and gpu_is_there():
-        return "transformers", "there is a GPU"
+        return "torch", f"model type {model_type} on a GPU"
+    if c.tensor_parallel_degree not in (1, "max"):
+        return "torch", f"option.tensor_parallel_degree={c.tensor_parallel_degree} on a CPU"
+    if c.dtype in ("fp16", "bf16"):
+        return "torch", f"option.dtype={c.dtype} on a CPU"
     missing = [name for name in ("onnx", "onnxruntime") if not importlib.util.find_spec(name)]
     if missing:
         return "transformers", f"the package {missing[0]} is not installed"
@@ -158,6 +155,10 @@ def _runner(backend: str, folder: Path, c: Configuration) -> Runner:
         from handler.engines import onnx_t5
 
         return Scheduler(onnx_t5.load(folder, c), c.max_queue, c.encoder_cache << 20)
+    if backend == "torch":
+        from handler.engines import torch_t5
+
+        return Scheduler(torch_t5.load(folder, c), c.max_queue, c.encoder_cache << 20)
     from handler.engines import hf_generate
 
     return Batcher(hf_generate.load(folder, c), c.max_queue)

@@ -1,0 +1,155 @@
+"""T5 for GPUs, one or several: our own model in PyTorch. On CPUs for tensor parallelism."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from handler.checkpoints.architecture import T5Architecture
+from handler.checkpoints.find import model_config
+from handler.checkpoints.lora import merged
+from handler.checkpoints.partitioned import read_partition
+from handler.checkpoints.read import CheckpointWeights
+from handler.config import MAX_ROWS_ON_CPU, MAX_ROWS_ON_GPU, Configuration
+from handler.engines.protocol import StepEngine
+from handler.errors import LoadError
+from handler.machine import available_memory, gpu_is_there, usable_cpus
+from handler.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+    from handler.engines.torch_t5.engine import TorchT5StepEngine
+    from handler.engines.torch_t5.loading import Parts
+
+logger = logging.getLogger(__name__)
+
+_OLDEST_TORCH = (2, 4)
+_BF16_CAPABILITY = 8  # major compute capability
+# Part of a GPU's free memory for the rows; the rest is for activations and the allocator's gaps.
+_ROWS_SHARE = 0.85
+
+
+def load(folder: Path, c: Configuration) -> StepEngine:
+    """The engine on the checkpoint in ``folder``. Raises LoadError."""
+    refuse_unsupported(c)
+    return load_part(folder, c)
+
+
+def load_part(folder: Path, c: Configuration, rank: int = 0, degree: int = 1) -> TorchT5StepEngine:
+    """The engine on the checkpoint in ``folder``, or of one rank. Raises LoadError.
+
+    Nothing is said to other ranks yet: ``join`` does.
+    """
+    import torch
+
+    from handler.engines.torch_t5.engine import TorchT5StepEngine
+    from handler.engines.torch_t5.loading import load_model
+    from handler.engines.torch_t5.tensor_parallel import part_of
+
+    device = device_of(c, rank)
+    if device.type == "cpu":
+        torch.set_num_threads(c.threads or max(1, usable_cpus() // degree))
+    whole = T5Architecture.from_config(model_config(folder))
+    tokenizer = load_tokenizer(folder, whole.vocab_size)
+    a = part_of(whole, degree)
+    dtype = compute_dtype(c, device)
+    model = load_model(a, _parts(folder, c, whole, rank, degree), dtype, device)
+    return TorchT5StepEngine(
+        model,
+        a,
+        tokenizer,
+        device,
+        max_rows=_rows(c, a, dtype, device),
+        max_input_tokens=c.max_input_tokens,
+        max_output_tokens=c.max_output_tokens,
+    )
+
+
+def device_of(c: Configuration, rank: int) -> torch.device:
+    """Rank r has the r-th GPU of those that DJL left visible. Raises LoadError."""
+    import torch
+
+    if c.device_id == -1 or not gpu_is_there():
+        return torch.device("cpu")
+    place = max(c.device_id or 0, 0) + rank
+    if place >= torch.cuda.device_count():
+        raise LoadError(
+            f"option.tensor_parallel_degree={c.tensor_parallel_degree} needs as many GPUs from "
+            f"number {c.device_id or 0} on, there are {torch.cuda.device_count()} in all"
+        )
+    return torch.device("cuda", place)
+
+
+def compute_dtype(c: Configuration, device: torch.device) -> torch.dtype:
+    """What products are computed in; int8 weights are turned into it."""
+    import torch
+
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if c.dtype in named:
+        return named[c.dtype]
+    if device.type == "cpu":
+        return torch.float32
+    capable = torch.cuda.get_device_capability(device)[0] >= _BF16_CAPABILITY
+    return torch.bfloat16 if capable else torch.float16
+
+
+def refuse_unsupported(c: Configuration) -> None:
+    """Raises LoadError."""
+    try:
+        import torch
+    except ImportError as error:
+        raise LoadError(f"option.backend=torch needs the package torch: {error}") from error
+    if tuple(map(int, torch.__version__.split(".")[:2])) < _OLDEST_TORCH:
+        raise LoadError(
+            f"option.backend=torch needs torch {'.'.join(map(str, _OLDEST_TORCH))} or newer, "
+            f"{torch.__version__} is installed; set option.backend=transformers"
+        )
+    if c.dtype == "int4":
+        raise LoadError(
+            "option.dtype=int4 is not supported by backend torch, allowed are auto, fp32, bf16, "
+            "fp16 and int8"
+        )
+    if c.pipeline_parallel_degree > 1:
+        raise LoadError(
+            f"option.pipeline_parallel_degree={c.pipeline_parallel_degree} is not supported by "
+            "backend torch, allowed is 1; set option.tensor_parallel_degree to the number of GPUs"
+        )
+    if c.cpu_kernel != "auto":
+        raise LoadError(
+            f"option.cpu_kernel={c.cpu_kernel} is not supported by backend torch, allowed is auto"
+        )
+
+
+def _parts(folder: Path, c: Configuration, a: T5Architecture, rank: int, degree: int) -> Parts:
+    from handler.engines.torch_t5.loading import CheckpointParts, RankFileParts
+
+    if read_partition(folder) is not None:
+        return RankFileParts(folder, a, rank, degree)
+    weights = merged(CheckpointWeights(folder), c, tied=a.tied)
+    return CheckpointParts(weights, a, rank, degree, int8=c.dtype == "int8")
+
+
+def _rows(c: Configuration, a: T5Architecture, dtype: torch.dtype, device: torch.device) -> int:
+    """As many as are asked for, or as fit. Raises LoadError where they do not."""
+    import torch
+
+    from handler.engines.torch_t5.kv_cache import RowCache
+
+    if device.type == "cuda":
+        free, wanted = int(torch.cuda.mem_get_info(device)[0] * _ROWS_SHARE), MAX_ROWS_ON_GPU
+    else:
+        free, wanted = available_memory() or 1 << 62, MAX_ROWS_ON_CPU
+    of_one = RowCache.nbytes(a, 1, c.max_input_tokens, c.max_output_tokens, dtype.itemsize)
+    rows = c.max_rows or min(wanted, free // of_one)
+    if not rows or rows * of_one > free:
+        raise LoadError(
+            f"the keys and values of {rows or 1} rows take {(rows or 1) * of_one / 2**30:.1f} GiB, "
+            f"{free / 2**30:.1f} GiB are free on {device}; lower option.max_rows, "
+            "option.max_input_tokens or option.max_output_tokens, or raise "
+            "option.tensor_parallel_degree"
+        )
+    if c.max_rows is None and rows < wanted:
+        logger.info("%d rows instead of %d fit into the memory of %s", rows, wanted, device)
+    return rows

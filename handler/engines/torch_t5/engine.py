@@ -1,0 +1,133 @@
+"""The step engine on PyTorch: one process's rows, whether it holds the model or one rank's part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from handler.checkpoints.architecture import T5Architecture, relative_position_bucket
+from handler.engines.torch_t5.kv_cache import EncodedPrompt, RowCache, StepMemory
+from handler.engines.torch_t5.model import T5
+from handler.tokenizer import Tokenizer
+
+# Tokens of prompts that are encoded together: on a CPU as many keep it busy, a GPU wants more.
+_ENCODE_TOKENS_CPU, _ENCODE_TOKENS_GPU = 256, 4096
+
+
+class TorchT5StepEngine:
+    """See StepEngine. ``a``: the architecture of this process's part of the model.
+
+    Everything is computed on ``device``, where ``model`` is. On a GPU the last bits of logits may
+    differ with the number of rows, as matrix products there do.
+    """
+
+    def __init__(
+        self,
+        model: T5,
+        a: T5Architecture,
+        tokenizer: Tokenizer,
+        device: torch.device,
+        *,
+        max_rows: int,
+        max_input_tokens: int,
+        max_output_tokens: int,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.decoder_start_token_id = a.decoder_start_token_id
+        self.quality_warning = None
+        self.max_rows = max_rows
+        self.max_input_tokens = max_input_tokens
+        self.max_output_tokens = max_output_tokens
+        at_once = _ENCODE_TOKENS_GPU if device.type == "cuda" else _ENCODE_TOKENS_CPU
+        self.encode_tokens = max(at_once, max_input_tokens)
+        self._model = model
+        self._device = device
+        dtype = model.dtype
+        self._rows = RowCache(a, max_rows, max_input_tokens, max_output_tokens, dtype, device)
+        encoder, decoder = model.encoder.relative_bias, model.decoder.relative_bias
+        self._encoder_bias = _by_distance(encoder, a, max_input_tokens, True).to(dtype)
+        self._decoder_bias = _by_distance(decoder, a, max_output_tokens, False).to(dtype)
+        self._decoder_bias[..., max_output_tokens:] = -torch.inf  # keys ahead of the token
+
+    def encode(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[EncodedPrompt] | None]:
+        """Encode together, yielding None after each layer and the prompts at the end."""
+        lengths = [len(prompt) for prompt in prompts]
+        ids = torch.tensor([i for prompt in prompts for i in prompt], device=self._device)
+        encoded = None
+        for encoded in self._model.encode(ids, lengths, self._encoder_biases(max(lengths))):
+            if encoded is None:
+                self._wait()
+                yield None
+        assert encoded is not None
+        layers = []
+        for keys_values in self._model.cross_keys_values(encoded):
+            layers.append(keys_values)
+            self._wait()
+            yield None
+        parts = torch.split(torch.stack(layers), lengths, dim=3)
+        yield [EncodedPrompt(part.clone()) for part in parts]
+
+    def attach(self, handle: EncodedPrompt, row: int) -> None:
+        """Let ``row`` decode against this prompt, from its beginning."""
+        self._rows.attach(handle, row)
+
+    def decode(
+        self, n: int, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
+        """Tokens [n, q] of rows 0..n-1, the first at positions [n] -> logits [n, q, vocabulary]"""
+        rows, q = self._rows, tokens.shape[1]
+        for row, position in enumerate(positions.tolist()):
+            rows.own_used[row] = max(rows.own_used[row], position + q)
+        places = self._moved(positions[:, None] + np.arange(q))
+        memory = StepMemory(
+            rows,
+            places,
+            self._decoder_bias,
+            own=int(positions.max()) + q,
+            cross=max(rows.prompt_lengths[:n]),
+        )
+        logits: npt.NDArray[np.float32] = (
+            self._model.decode(self._moved(tokens), memory).cpu().numpy()
+        )
+        return logits
+
+    def move(self, src: int, dst: int) -> None:
+        """Row ``dst`` becomes what row ``src`` is."""
+        self._rows.move(src, dst)
+
+    def reorder(self, rows: Sequence[int], parents: Sequence[int]) -> None:
+        """Each of ``rows`` goes on from the tokens of its parent, a row on the same prompt."""
+        self._rows.reorder(rows, parents)
+
+    def close(self) -> None:
+        del self._model, self._rows
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _encoder_biases(self, s: int) -> Tensor:
+        """[tables, heads, s, s]"""
+        places = torch.arange(s, device=self._device)
+        return self._encoder_bias[:, :, places - places[:, None] + self.max_input_tokens - 1]
+
+    def _moved(self, numbers: npt.NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(numbers)).to(self._device, non_blocking=True)
+
+    def _wait(self) -> None:
+        """Until the device is done: who decides what comes next goes by the time that passed."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
+
+def _by_distance(tables: Tensor, a: T5Architecture, longest: int, bidirectional: bool) -> Tensor:
+    """[tables, buckets, heads] -> [tables, heads, 2 * longest - 1], from the farthest key before"""
+    buckets = relative_position_bucket(
+        np.arange(1 - longest, longest),
+        bidirectional=bidirectional,
+        num_buckets=a.num_buckets,
+        max_distance=a.max_distance,
+    )
+    return tables[:, torch.from_numpy(buckets).to(tables.device)].transpose(1, 2).contiguous()

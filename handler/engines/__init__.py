@@ -158,7 +158,10 @@ def _runner(backend: str, folder: Path, c: Configuration) -> Runner:
     if backend == "torch":
         from handler.engines import torch_t5
 
-        return Scheduler(torch_t5.load(folder, c), c.max_queue, c.encoder_cache << 20)
+        step_engine = torch_t5.load(folder, c)
+        scheduler = Scheduler(step_engine, c.max_queue, c.encoder_cache << 20)
+        step_engine.when_lost(scheduler.end)
+        return scheduler
     from handler.engines import hf_generate
 
     return Batcher(hf_generate.load(folder, c), c.max_queue)

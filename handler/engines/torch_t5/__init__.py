@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,63 +12,130 @@ from handler.checkpoints.find import model_config
 from handler.checkpoints.lora import merged
 from handler.checkpoints.partitioned import read_partition
 from handler.checkpoints.read import CheckpointWeights
+from handler.checkpoints.splits import check_degree
 from handler.config import MAX_ROWS_ON_CPU, MAX_ROWS_ON_GPU, Configuration
-from handler.engines.protocol import StepEngine
 from handler.errors import LoadError
 from handler.machine import available_memory, gpu_is_there, usable_cpus
-from handler.tokenizer import load_tokenizer
+from handler.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup, TCPStore  # type: ignore[attr-defined]
 
     from handler.engines.torch_t5.engine import TorchT5StepEngine
     from handler.engines.torch_t5.loading import Parts
+    from handler.engines.torch_t5.model import T5
+    from handler.engines.torch_t5.parallel_engine import TensorParallelEngine
+    from handler.engines.torch_t5.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
+_DEGREE = "option.tensor_parallel_degree"
 _OLDEST_TORCH = (2, 4)
 _BF16_CAPABILITY = 8  # major compute capability
 # Part of a GPU's free memory for the rows; the rest is for activations and the allocator's gaps.
 _ROWS_SHARE = 0.85
 
 
-def load(folder: Path, c: Configuration) -> StepEngine:
-    """The engine on the checkpoint in ``folder``. Raises LoadError."""
-    refuse_unsupported(c)
-    return load_part(folder, c)
+def load(folder: Path, c: Configuration) -> TorchT5StepEngine | TensorParallelEngine:
+    """The engine on the checkpoint in ``folder``, with ranks of its own where several are asked
+    for. Raises LoadError."""
+    _refuse_unsupported(c)
+    degree = _degree(c)
+    if degree == 1:
+        part = load_part(folder, c)
+        return part.engine(part.rows)
+    check_degree(T5Architecture.from_config(model_config(folder)), degree, _DEGREE)
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    from handler.engines.torch_t5.ranks import Ranks, start_processes
+
+    store = TCPStore("127.0.0.1", 0, degree, True, wait_for_workers=False)
+    ranks = Ranks(degree, start_processes(folder, c, degree, store.port))
+    return _load_together(folder, c, store, ranks)
 
 
-def load_part(folder: Path, c: Configuration, rank: int = 0, degree: int = 1) -> TorchT5StepEngine:
-    """The engine on the checkpoint in ``folder``, or of one rank. Raises LoadError.
+def _load_together(
+    folder: Path, c: Configuration, store: TCPStore, ranks: Ranks
+) -> TensorParallelEngine:
+    """Rank 0's part of the model, and the others' when they have theirs."""
+    from handler.engines.torch_t5.parallel_engine import TensorParallelEngine
+    from handler.engines.torch_t5.ranks import process_group
 
-    Nothing is said to other ranks yet: ``join`` does.
-    """
+    try:
+        ranks.meet(store)
+        part = load_part(folder, c, 0, ranks.size)
+        rows = min(part.rows, *ranks.all_told())
+        ranks.send("join", rows)
+        part.join(process_group(store, 0, ranks.size, part.device))
+        return TensorParallelEngine(part.engine(rows), ranks)
+    except BaseException as error:
+        ranks.close()
+        if isinstance(error, LoadError) or ranks.lost is None:
+            raise
+        raise LoadError(ranks.lost) from error
+
+
+@dataclass(frozen=True)
+class LoadedPart:
+    """What one rank has of the model. rows: that fit into its memory."""
+
+    model: T5
+    whole: T5Architecture
+    architecture: T5Architecture
+    tokenizer: Tokenizer
+    device: torch.device
+    rows: int
+    configuration: Configuration
+
+    def join(self, group: ProcessGroup) -> None:
+        from handler.engines.torch_t5.tensor_parallel import join_ranks
+
+        join_ranks(self.model, self.whole.vocab_size, group)
+
+    def engine(self, rows: int) -> TorchT5StepEngine:
+        from handler.engines.torch_t5.engine import TorchT5StepEngine
+
+        return TorchT5StepEngine(
+            self.model,
+            self.architecture,
+            self.tokenizer,
+            self.device,
+            max_rows=rows,
+            max_input_tokens=self.configuration.max_input_tokens,
+            max_output_tokens=self.configuration.max_output_tokens,
+        )
+
+
+def load_part(folder: Path, c: Configuration, rank: int = 0, degree: int = 1) -> LoadedPart:
+    """One rank's part of the checkpoint in ``folder``. Raises LoadError."""
     import torch
 
-    from handler.engines.torch_t5.engine import TorchT5StepEngine
     from handler.engines.torch_t5.loading import load_model
     from handler.engines.torch_t5.tensor_parallel import part_of
 
-    device = device_of(c, rank)
+    device = _device(c, rank)
     if device.type == "cpu":
         torch.set_num_threads(c.threads or max(1, usable_cpus() // degree))
     whole = T5Architecture.from_config(model_config(folder))
     tokenizer = load_tokenizer(folder, whole.vocab_size)
-    a = part_of(whole, degree)
-    dtype = compute_dtype(c, device)
-    model = load_model(a, _parts(folder, c, whole, rank, degree), dtype, device)
-    return TorchT5StepEngine(
-        model,
-        a,
-        tokenizer,
-        device,
-        max_rows=_rows(c, a, dtype, device),
-        max_input_tokens=c.max_input_tokens,
-        max_output_tokens=c.max_output_tokens,
-    )
+    own = part_of(whole, degree)
+    dtype = _compute_dtype(c, device)
+    model = load_model(own, _parts(folder, c, whole, rank, degree), dtype, device)
+    return LoadedPart(model, whole, own, tokenizer, device, _rows(c, own, dtype, device), c)
 
 
-def device_of(c: Configuration, rank: int) -> torch.device:
+def _degree(c: Configuration) -> int:
+    """Ranks; "max" is as many as there are GPUs."""
+    import torch
+
+    if c.tensor_parallel_degree != "max":
+        return int(c.tensor_parallel_degree)
+    on_gpu = c.device_id != -1 and gpu_is_there()
+    return torch.cuda.device_count() if on_gpu else 1
+
+
+def _device(c: Configuration, rank: int) -> torch.device:
     """Rank r has the r-th GPU of those that DJL left visible. Raises LoadError."""
     import torch
 
@@ -82,7 +150,7 @@ def device_of(c: Configuration, rank: int) -> torch.device:
     return torch.device("cuda", place)
 
 
-def compute_dtype(c: Configuration, device: torch.device) -> torch.dtype:
+def _compute_dtype(c: Configuration, device: torch.device) -> torch.dtype:
     """What products are computed in; int8 weights are turned into it."""
     import torch
 
@@ -95,7 +163,7 @@ def compute_dtype(c: Configuration, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if capable else torch.float16
 
 
-def refuse_unsupported(c: Configuration) -> None:
+def _refuse_unsupported(c: Configuration) -> None:
     """Raises LoadError."""
     try:
         import torch

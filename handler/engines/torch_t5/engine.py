@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -102,6 +102,9 @@ class TorchT5StepEngine:
     def reorder(self, rows: Sequence[int], parents: Sequence[int]) -> None:
         """Each of ``rows`` goes on from the tokens of its parent, a row on the same prompt."""
         self._rows.reorder(rows, parents)
+
+    def when_lost(self, action: Callable[[str], None]) -> None:
+        """Never: one process is not lost to itself. See TensorParallelEngine."""
 
     def close(self) -> None:
         del self._model, self._rows

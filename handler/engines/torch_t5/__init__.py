@@ -96,7 +96,7 @@ class LoadedPart:
     def engine(self, rows: int) -> TorchT5StepEngine:
         from handler.engines.torch_t5.engine import TorchT5StepEngine
 
-        return TorchT5StepEngine(
+        engine = TorchT5StepEngine(
             self.model,
             self.architecture,
             self.tokenizer,
@@ -105,6 +105,18 @@ class LoadedPart:
             max_input_tokens=self.configuration.max_input_tokens,
             max_output_tokens=self.configuration.max_output_tokens,
         )
+        if self.device.type == "cuda":
+            _speed_up(engine)
+        return engine
+
+
+def _speed_up(engine: TorchT5StepEngine) -> None:
+    """What only GPUs have. Without it they answer the same, later."""
+    try:
+        engine.use_kernels()
+        engine.use_graphs()
+    except Exception as error:  # Triton's compiler, the driver, too little memory
+        logger.warning("decoding is slower than it could be, without CUDA graphs: %r", error)
 
 
 def load_part(folder: Path, c: Configuration, rank: int = 0, degree: int = 1) -> LoadedPart:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from handler.checkpoints.architecture import T5Architecture, relative_position_bucket
+from handler.engines.torch_t5.cuda_graphs import Capture, CudaGraphs
 from handler.engines.torch_t5.kv_cache import EncodedPrompt, RowCache, StepMemory
 from handler.engines.torch_t5.model import T5
 from handler.tokenizer import Tokenizer
@@ -52,6 +53,20 @@ class TorchT5StepEngine:
         self._encoder_bias = _by_distance(encoder, a, max_input_tokens, True).to(dtype)
         self._decoder_bias = _by_distance(decoder, a, max_output_tokens, False).to(dtype)
         self._decoder_bias[..., max_output_tokens:] = -torch.inf  # keys ahead of the token
+        self._has_kernels = False
+        self._graphs: CudaGraphs | None = None
+
+    def use_kernels(self) -> None:
+        """Decode with the kernels from now on. Raises ImportError where there is no Triton."""
+        from handler.engines.torch_t5.kernels import fuse
+
+        fuse(self._model)
+        self._has_kernels = True
+
+    def use_graphs(self, capture: Capture | None = None) -> None:
+        """Run the kernels as CUDA graphs from now on. All ranks of a model call it together. Raises
+        what CUDA and Triton do."""
+        self._graphs = CudaGraphs(self._step, self.max_rows, self._device, capture)
 
     def encode(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[EncodedPrompt] | None]:
         """Encode together, yielding None after each layer and the prompts at the end."""
@@ -82,18 +97,29 @@ class TorchT5StepEngine:
         rows, q = self._rows, tokens.shape[1]
         for row, position in enumerate(positions.tolist()):
             rows.own_used[row] = max(rows.own_used[row], position + q)
-        places = self._moved(positions[:, None] + np.arange(q))
-        memory = StepMemory(
-            rows,
-            places,
-            self._decoder_bias,
-            own=int(positions.max()) + q,
-            cross=max(rows.prompt_lengths[:n]),
-        )
-        logits: npt.NDArray[np.float32] = (
-            self._model.decode(self._moved(tokens), memory).cpu().numpy()
-        )
-        return logits
+        if self._graphs is not None and q == 1:
+            logits = self._graphs.run(n, tokens, positions)
+        elif self._has_kernels and q == 1:
+            logits = self._step(self._moved(tokens), self._moved(positions))
+        else:
+            memory = StepMemory(
+                rows,
+                self._moved(positions[:, None] + np.arange(q)),
+                self._decoder_bias,
+                own=int(positions.max()) + q,
+                cross=max(rows.prompt_lengths[:n]),
+            )
+            logits = self._model.decode(self._moved(tokens), memory)
+        on_host: npt.NDArray[np.float32] = logits.cpu().numpy()
+        return on_host
+
+    def _step(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """tokens [n, 1], positions [n] -> logits [n, 1, vocabulary], by kernels that read nothing
+        of the host: what a CUDA graph can hold."""
+        from handler.engines.torch_t5.kernels import KernelMemory
+
+        memory = KernelMemory(self._rows, positions, self._decoder_bias)
+        return self._model.decode(tokens, memory)
 
     def move(self, src: int, dst: int) -> None:
         """Row ``dst`` becomes what row ``src`` is."""

@@ -119,9 +119,12 @@ class Decoder(nn.Module):
         self.relative_bias = _relative_bias(a, a.num_decoder_layers)
 
     def forward(self, x: Tensor, memory: DecoderMemory) -> Tensor:
-        for layer in self.layers:
-            x = layer(x, memory)
-        return cast(Tensor, self.norm(x))
+        layers = [cast(DecoderLayer, layer) for layer in self.layers]
+        following = [*(layer.self_attention_norm for layer in layers[1:]), self.norm]
+        normed = layers[0].self_attention_norm(x)
+        for layer, next_norm in zip(layers, following):
+            x, normed = layer(x, normed, memory, next_norm)
+        return cast(Tensor, normed)
 
 
 class DecoderLayer(nn.Module):
@@ -134,10 +137,14 @@ class DecoderLayer(nn.Module):
         self.feed_forward_norm = Norm(a, dtype)
         self.feed_forward = FeedForward(a, dtype)
 
-    def forward(self, x: Tensor, memory: DecoderMemory) -> Tensor:
-        x = x + self.self_attention(self.self_attention_norm(x), memory)
-        x = x + self.cross_attention(self.cross_attention_norm(x), memory)
-        return x + cast(Tensor, self.feed_forward(self.feed_forward_norm(x)))
+    def forward(
+        self, x: Tensor, normed: Tensor, memory: DecoderMemory, next_norm: Norm
+    ) -> tuple[Tensor, Tensor]:
+        """x [n, q, d] and what this layer's first norm makes of it -> the same for the next layer:
+        every norm follows an addition, and a kernel may do both at once."""
+        x, normed = self.cross_attention_norm.add(x, self.self_attention(normed, memory))
+        x, normed = self.feed_forward_norm.add(x, self.cross_attention(normed, memory))
+        return next_norm.add(x, self.feed_forward(normed))
 
 
 class SelfAttention(nn.Module):
@@ -181,17 +188,29 @@ class FeedForward(nn.Module):
 
     def __init__(self, a: T5Architecture, dtype: torch.dtype) -> None:
         super().__init__()
-        self._gated, self._activation = a.gated, _ACTIVATIONS[a.activation]
-        self._dtype = torch.float32 if dtype == torch.float16 else dtype
+        self.hidden_dtype = torch.float32 if dtype == torch.float16 else dtype
+        self.is_gated_gelu = a.gated and a.activation == "gelu_new"
         self.wi = _linear(a.d_model, (2 if a.gated else 1) * a.d_ff, dtype)
+        self.activation: nn.Module = Activation(a, self.hidden_dtype)
         self.wo = _linear(a.d_ff, a.d_model, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.wi(x).to(self._dtype)
-        if self._gated:
-            gate, up = hidden.chunk(2, dim=-1)
-            return cast(Tensor, self.wo(self._activation(gate) * up))
-        return cast(Tensor, self.wo(self._activation(hidden)))
+        return cast(Tensor, self.wo(self.activation(self.wi(x))))
+
+
+class Activation(nn.Module):
+    """[..., 2 * d_ff] -> act(first half) * second half in ``dtype``; not gated: act([..., d_ff])"""
+
+    def __init__(self, a: T5Architecture, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._gated, self._function, self._dtype = a.gated, _ACTIVATIONS[a.activation], dtype
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden.to(self._dtype)
+        if not self._gated:
+            return self._function(hidden)
+        gate, up = hidden.chunk(2, dim=-1)
+        return self._function(gate) * up
 
 
 class Norm(nn.Module):
@@ -200,10 +219,15 @@ class Norm(nn.Module):
     def __init__(self, a: T5Architecture, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(a.d_model))
-        self._epsilon, self._dtype = a.epsilon, dtype
+        self.epsilon, self.dtype = a.epsilon, dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight, self._epsilon).to(self._dtype)
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.epsilon).to(self.dtype)
+
+    def add(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(x + y, its norm)"""
+        x = x + y
+        return x, self(x)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# Up to so many the weights, not the products, are what takes time.
+_FEW_ROWS = 64
 
 
 class Int8Linear(nn.Module):
     """y = x W^T, W = values * scales: values [out, in] in int8, scales [out] in fp32.
 
-    Weights alone are quantized: the product is one of the inputs' dtype.
+    Weights alone are quantized: the product is one of the inputs' dtype. few_rows: what computes
+    it for some rows without a copy of the weights in that dtype, where there is such a kernel.
     """
 
     values: Tensor
     scales: Tensor
+    few_rows: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     def __init__(self, values: Tensor, scales: Tensor) -> None:
         super().__init__()
@@ -22,6 +29,8 @@ class Int8Linear(nn.Module):
         self.register_buffer("scales", scales)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.few_rows is not None and x.numel() <= _FEW_ROWS * x.shape[-1]:
+            return self.few_rows(x, self.values, self.scales)
         return F.linear(x, (self.values * self.scales[:, None]).to(x.dtype))
 
 

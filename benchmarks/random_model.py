@@ -50,13 +50,13 @@ def checkpoint(shape: str, cache: Path = CACHE) -> Path:
 
 def write(folder: Path, shape: str, seed: int = 0) -> None:
     """config.json, model.safetensors and tokenizer.json."""
-    config = _config(shape)
+    config = config_of(shape)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     (folder / "tokenizer.json").write_text(json.dumps(_tokenizer()))
     save_file(_weights(config, seed), folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _config(shape: str) -> dict[str, Any]:
+def config_of(shape: str) -> dict[str, Any]:
     return {
         "architectures": ["T5ForConditionalGeneration"],
         "model_type": "t5",

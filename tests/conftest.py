@@ -23,7 +23,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import httpx
 import hypothesis
 import pytest
-
 from random_checkpoints import VARIANTS, write_checkpoint
 
 from handler.engines import Model, init_inference

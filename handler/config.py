@@ -183,7 +183,7 @@ class Configuration:
         1,
         _degree,
         'GPUs that share the model; "max" takes all that the worker is given. Under MPI it must be '
-        "the number of ranks.",
+        "the number of ranks. On a CPU: processes that share it. See docs/tensor-parallel.md.",
         example="4",
         environment=("TENSOR_PARALLEL_DEGREE",),
     )
@@ -299,6 +299,14 @@ class Configuration:
         "Loaded from another one, it would be converted again.",
         example="/models/flan-t5-xxl",
     )
+    use_passive_workers: bool | None = _property(
+        None,
+        _boolean,
+        "DJLServing's own: under MPI its requests reach rank 0 alone. false: every rank gets each "
+        "of them, which the fastertransformer wheel needs; backend torch streams nothing then.",
+        example="true",
+        default_text="true where DJLServing has it (0.33 and newer)",
+    )
     # Set by DJLServing itself, not by people.
     model_dir: str | None = _property(None, _text, "The unpacked model folder.", example="/opt/m")
     device_id: int | None = _property(
@@ -326,7 +334,7 @@ DJL_OWNED = frozenset(
     model_version modelname mpi_mode output_formatter parallel_loading partition_handler
     predict_timeout pythonexecutable request_tracking_id requestid retry_threshold rolling_batch
     speculative_draft_model task tgi_compat tokenizer tokenizer_revision
-    use_passive_workers waiting_steps
+    waiting_steps
     """.split()
 )
 

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from handler.errors import RequestError, shown
 from handler.generation import (
@@ -30,6 +30,8 @@ from handler.parameters import (
     parse_parameters,
 )
 from handler.runner import Runner
+
+_T = TypeVar("_T")
 
 # What a stream has besides those of its runner.
 SUPPORTED_PARAMETERS = frozenset({"stream"})
@@ -182,6 +184,15 @@ class Model:
         """Call this with the reason, from any thread, should the engine be unable to go on; what
         was asked of it has been answered so then."""
         self._runner.when_ended(action)
+
+    @property
+    def answers_are_shared(self) -> bool:
+        """See Runner."""
+        return self._runner.answers_are_shared
+
+    def on_all_ranks(self, answer: Callable[[], _T]) -> _T:
+        """See Runner."""
+        return self._runner.on_all_ranks(answer)
 
     def close(self) -> None:
         """Finish what runs, refuse what waits, free the engine."""

@@ -1,10 +1,12 @@
 """MPI: which process of the job this one is, and what the job's processes share.
 
-DJLServing's old MPI engines start one process per GPU and give every request to each of them.
+DJLServing's MPI engines start one process per GPU. Old ones give every request to each of them,
+newer ones (0.33) by themselves to rank 0 alone, and call the others passive workers.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import secrets
@@ -13,8 +15,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from handler.errors import LoadError
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 logger = logging.getLogger(__name__)
 
@@ -43,14 +49,22 @@ def world_of(environment: Mapping[str, str] = os.environ) -> World:
     )
 
 
-def agreed_seed(world: World, environment: Mapping[str, str] = os.environ) -> int:
-    """A random number of 64 bits that all ranks get, another one in every run.
+def rank_0_gets_all_requests(use_passive_workers: bool | None) -> bool:
+    """Whether the others get none; None: as this DJLServing does by itself, since it has an async
+    mode."""
+    if use_passive_workers is not None:
+        return use_passive_workers
+    try:
+        return importlib.util.find_spec("djl_python.async_utils") is not None
+    except ModuleNotFoundError:  # no djl_python
+        return False
 
-    Rank 0 draws it; the others ask for it at MASTER_ADDR:MASTER_PORT, which DJLServing sets.
-    Raises LoadError where they do not meet.
+
+def meeting_place(world: World, environment: Mapping[str, str] = os.environ) -> TCPStore:
+    """What all ranks can read and write, at MASTER_ADDR:MASTER_PORT, which DJLServing sets.
+
+    It lives in rank 0. Returns when all are there. Raises LoadError where they do not meet.
     """
-    if world.size == 1:
-        return secrets.randbits(64)
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     place = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
@@ -58,25 +72,42 @@ def agreed_seed(world: World, environment: Mapping[str, str] = os.environ) -> in
         port = int(environment["MASTER_PORT"])
         if not 0 < port < 1 << 16:
             raise ValueError("no port")
-        store = TCPStore(
+        return TCPStore(
             environment["MASTER_ADDR"],
             port,
             world.size,
             world.rank == 0,
             timeout=timedelta(seconds=_AGREEMENT_SECONDS),
         )
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise _not_met(world, place, error) from error
+
+
+def agreed_seed(world: World, environment: Mapping[str, str] = os.environ) -> int:
+    """A random number of 64 bits that all ranks get, another one in every run.
+
+    Rank 0 draws it. Raises LoadError where the ranks do not meet.
+    """
+    if world.size == 1:
+        return secrets.randbits(64)
+    store = meeting_place(world, environment)
+    try:
         if world.rank == 0:
             store.set("seed", str(secrets.randbits(64)))
         seed = int(store.get("seed"))
         store.set(f"known to {world.rank}", "yes")
         if world.rank == 0:  # the store lives here: stay until everybody has read
             store.wait([f"known to {rank}" for rank in range(world.size)])
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise LoadError(
-            f"rank {world.rank} of {world.size} did not meet the others at MASTER_ADDR:MASTER_PORT "
-            f"{place} ({error}); set both, as DJLServing's MPI engines do, to a free port"
-        ) from error
+    except RuntimeError as error:
+        raise _not_met(world, f"{store.host}:{store.port}", error) from error
     return seed
+
+
+def _not_met(world: World, place: str, error: Exception) -> LoadError:
+    return LoadError(
+        f"rank {world.rank} of {world.size} did not meet the others at MASTER_ADDR:MASTER_PORT "
+        f"{place} ({error}); set both, as DJLServing's MPI engines do, to a free port"
+    )
 
 
 def end_with_parent() -> None:

@@ -9,7 +9,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from handler.errors import RequestError, as_request_error
 from handler.generation import Generation
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 _GOODBYE_SECONDS = 10.0
 _running: weakref.WeakSet[Runner] = weakref.WeakSet()
@@ -38,12 +40,13 @@ class Runner(ABC):
 
     supported_parameters: names of those that it and its engine honour; ``submit`` is given no
     request that uses another one. scores: whether it honours ``forced`` tokens. draws_seeds: see
-    BatchEngine.
+    BatchEngine. answers_are_shared: whether every answer must come by ``on_all_ranks``.
     """
 
     supported_parameters: frozenset[str]
     scores = False
     draws_seeds = False
+    answers_are_shared = False
 
     def __init__(self, engine: Engine, max_queue: int) -> None:
         self.tokenizer = engine.tokenizer
@@ -95,6 +98,10 @@ class Runner(ABC):
 
         Nothing to do for a runner whose thread takes prompts as they come.
         """
+
+    def on_all_ranks(self, answer: Callable[[], _T]) -> _T:
+        """Where every MPI rank gets every call: what ``answer`` gives, the same on each of them."""
+        return answer()
 
     def close(self) -> None:
         """Finish what runs, refuse what waits, free the engine."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import logging
 import os
 import threading
@@ -22,7 +21,7 @@ from handler.djl_output import to_async_output, to_async_outputs, to_batch_outpu
 from handler.engines import Model, load_model
 from handler.errors import LoadError, RequestError
 from handler.generation import GenerationRequest, GenerationResult, TokenEvent
-from handler.ranks import end_job, end_process, world_of
+from handler.ranks import end_job, end_process, rank_0_gets_all_requests, world_of
 from handler.request_parsing import parse_body
 from handler.responses import Reply, StreamReply, error_reply, reply, stream_reply
 from handler.schemas import recognized, schema_before_reading
@@ -45,6 +44,15 @@ _LONG_BODY = 4_096
 _REGEX, _GRAMMAR = b"regex", b"grammar"
 # Writing a longer answer does, too.
 _LONG_ANSWER = 5_000  # tokens
+
+_NO_STREAMS = (
+    "parameter 'stream' must be false where DJLServing batches requests; set batch_size=1 in "
+    "serving.properties to stream"
+)
+_NO_STREAMS_ON_RANKS = (
+    "parameter 'stream' must be false where every MPI rank gets every request; set "
+    "option.use_passive_workers=true or engine=Python to stream"
+)
 
 _T = TypeVar("_T")
 
@@ -131,8 +139,10 @@ class Service:
             return self._handle_async(inputs)
         bodies = batched_bodies(inputs)
         if bodies is not None:
-            return to_batch_output(self.answer_batch(bodies))
-        return to_output(self.answer(body_of(inputs), Wanted(accept_of(inputs))))
+            return to_batch_output(self.answer_on_all_ranks(bodies))
+        if not self.model.answers_are_shared:
+            return to_output(self.answer(body_of(inputs), Wanted(accept_of(inputs))))
+        return to_output(self.answer_on_all_ranks([body_of(inputs)])[0])
 
     def partition(self, inputs: Input) -> Output | Awaitable[Output] | None:
         """What DJL's partition command calls, in a process of its own, with all properties.
@@ -159,10 +169,11 @@ class Service:
         self._first_call_came = True
         world = world_of()
         try:
-            if world.size > 1:
-                _refuse_uneven_calls(properties, in_async_mode)
             told = without_djls_own(properties, os.environ)
-            self.load(read_configuration(properties=told, environment=os.environ))
+            configuration = read_configuration(properties=told, environment=os.environ)
+            if world.size > 1 and in_async_mode:
+                _refuse_uneven_calls(configuration)
+            self.load(configuration)
         except Exception as error:
             self._load_failure = error
             if world.size > 1:
@@ -202,6 +213,10 @@ class Service:
         if not all(isinstance(s, Reply) for s in submitted):
             self.model.run_submitted()
         return [s if isinstance(s, Reply) else self._wait(s, deadline) for s in submitted]
+
+    def answer_on_all_ranks(self, bodies: Sequence[bytes]) -> list[Reply]:
+        """``answer_batch``, whose replies are the same on every MPI rank that gets the call."""
+        return self.model.on_all_ranks(lambda: self.answer_batch(bodies))
 
     async def answer_async(
         self, body: bytes, wanted: Wanted = Wanted()
@@ -266,18 +281,16 @@ class Service:
     def _submit(
         self, request: ParsedRequest, events: AsyncEvents | BlockingEvents | None
     ) -> list[Future[GenerationResult]]:
+        model = self.model
         if not request.parameters.stream:
-            return self.model.submit(request.prompts)
+            return model.submit(request.prompts)
         if events is None:
-            raise RequestError(
-                "parameter 'stream' must be false where DJLServing batches requests; set "
-                "batch_size=1 in serving.properties to stream"
-            )
+            raise RequestError(_NO_STREAMS_ON_RANKS if model.answers_are_shared else _NO_STREAMS)
         (prompt,) = request.prompts
         assert isinstance(prompt, GenerationRequest)  # what is scored has no 'stream'
         put = events.put
         on_event = partial(_log_and_put, put) if self.configuration.log_prompts else put
-        return [self.model.submit_stream(prompt, on_event)]
+        return [model.submit_stream(prompt, on_event)]
 
     def _deployment(self) -> Deployment:
         model, template = self.model, self.configuration.prompt_template
@@ -327,19 +340,12 @@ def _end_process(reason: str) -> None:
     end_process(f"this process ends, its engine cannot go on: {reason}", _LAST_ANSWERS_SECONDS)
 
 
-def _refuse_uneven_calls(properties: Mapping[str, str], in_async_mode: bool) -> None:
-    """Of several ranks each must get every call, in the same order. Raises LoadError."""
-    if in_async_mode:
+def _refuse_uneven_calls(c: Configuration) -> None:
+    """Each rank must get every call, in the same order, or rank 0 all of them. Raises LoadError."""
+    if not rank_0_gets_all_requests(c.use_passive_workers):
         raise LoadError(
             "option.async_mode=true: calls would reach each MPI rank in another order; set it to "
-            "false, or set engine=Python"
-        )
-    # Passive workers came with async mode: then only rank 0 gets requests.
-    new = importlib.util.find_spec("djl_python.async_utils") is not None
-    if new and str(properties.get("use_passive_workers", "true")).lower() != "false":
-        raise LoadError(
-            "option.use_passive_workers=true (this DJLServing's default): requests would reach MPI "
-            "rank 0 only; set it to false, or set engine=Python"
+            "false, or set option.use_passive_workers=true or engine=Python"
         )
 
 

@@ -19,11 +19,15 @@ from handler.service import Service
 
 def main(calls: str, answers: str) -> None:
     service = Service()
-    service.load(read_configuration(environment=os.environ))
+    configuration = read_configuration(environment=os.environ)
+    service.load(configuration)
+    if world_of().rank and configuration.use_passive_workers:
+        service.close()  # when rank 0 does
+        return
     with open(f"{answers}.{world_of().rank}", "w") as file:
         for line in Path(calls).read_text().splitlines():
             bodies = [json.dumps(body).encode() for body in json.loads(line)]
-            got: list[Any] = [json.loads(reply.body) for reply in service.answer_batch(bodies)]
+            got: list[Any] = [json.loads(reply.body) for reply in service.answer_on_all_ranks(bodies)]
             file.write(json.dumps(got) + "\n")
             file.flush()
     service.close()

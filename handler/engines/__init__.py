@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from handler.checkpoints.partitioned import (
 )
 from handler.config import Configuration, Degree, configuration_of
 from handler.errors import LoadError, shown
+from handler.following import Following, Leading
 from handler.inference import Model
 from handler.machine import gpu_is_there
-from handler.ranks import World, world_of
+from handler.ranks import World, end_with_parent, rank_0_gets_all_requests, world_of
 from handler.runner import Runner
 from handler.scheduler import Scheduler
 
@@ -64,6 +66,8 @@ def init_inference(
 def load_model(configuration: Configuration) -> Model:
     """Load the model that the configuration describes. Raises LoadError."""
     folder = find_checkpoint(configuration)
+    if world_of().by_mpirun:  # DJLServing tells its ranks -1
+        configuration = replace(configuration, device_id=None)
     backend, reason = choose_backend(configuration, folder)
     configuration = as_partitioned(configuration, folder)
     logger.info("backend %s: %s", backend, reason)
@@ -85,8 +89,10 @@ def choose_backend(c: Configuration, folder: Path) -> tuple[str, str]:
     config = model_config(folder)
     model_type = config["model_type"]
     world = world_of()
-    if world.by_mpirun:
+    if world.by_mpirun and importlib.util.find_spec("fastertransformer") and not _is_passive(c):
         return "fastertransformer", f"rank {world.rank} of {world.size} under MPI"
+    if world.size > 1:
+        return "torch", f"rank {world.rank} of {world.size} under MPI"
     if importlib.util.find_spec("fastertransformer") and c.device_id != -1 and gpu_is_there():
         reason = _against_fastertransformer(config, c)
         if reason is None:
@@ -124,11 +130,23 @@ def _against_fastertransformer(config: dict[str, Any], c: Configuration) -> str 
     return wheel.refusal(config, c) or wheel.quality_warning(config, c)
 
 
-def _refuse_ranks(backend: str, world: World) -> None:
-    if world.size > 1 and backend != "fastertransformer":
+def _is_passive(c: Configuration) -> bool:
+    return rank_0_gets_all_requests(c.use_passive_workers)
+
+
+def _refuse_ranks(backend: str, world: World, c: Configuration) -> None:
+    """Raises LoadError."""
+    if world.size == 1:
+        return
+    if backend not in ("fastertransformer", "torch"):
         raise LoadError(
             f"option.backend={backend} runs in one process, mpirun started {world.size}: set "
-            "engine=Python and option.mpi_mode=false, or option.backend=fastertransformer"
+            "engine=Python and option.mpi_mode=false, or option.backend=torch or fastertransformer"
+        )
+    if backend == "fastertransformer" and _is_passive(c):
+        raise LoadError(
+            "option.use_passive_workers=true (this DJLServing's default): requests would reach MPI "
+            "rank 0 only; set it to false, or set option.backend=torch or engine=Python"
         )
 
 
@@ -159,7 +177,7 @@ def _backends_that_read(p: Partition) -> tuple[str, ...]:
 def _runner(backend: str, folder: Path, c: Configuration) -> Runner:
     """The engine, loaded, with what runs it. Engines are imported where they are used."""
     world = world_of()
-    _refuse_ranks(backend, world)
+    _refuse_ranks(backend, world, c)
     if backend == "fastertransformer":
         from handler.engines import fastertransformer
 
@@ -172,12 +190,24 @@ def _runner(backend: str, folder: Path, c: Configuration) -> Runner:
 
         return Scheduler(onnx_t5.load(folder, c), c.max_queue, c.encoder_cache << 20)
     if backend == "torch":
-        from handler.engines import torch_t5
-
-        step_engine = torch_t5.load(folder, c)
-        scheduler = Scheduler(step_engine, c.max_queue, c.encoder_cache << 20)
-        step_engine.when_lost(scheduler.end)
-        return scheduler
+        return _torch_runner(folder, c, world)
     from handler.engines import hf_generate
 
     return Batcher(hf_generate.load(folder, c), c.max_queue)
+
+
+def _torch_runner(folder: Path, c: Configuration, world: World) -> Runner:
+    from handler.engines import torch_t5
+
+    if world.by_mpirun:
+        end_with_parent()
+    if world.rank:
+        return Following(torch_t5.follow(folder, c, world), shares=not _is_passive(c))
+    if world.size == 1 or _is_passive(c):
+        engine = torch_t5.load(folder, c) if world.size == 1 else torch_t5.lead(folder, c, world)
+        scheduler = Scheduler(engine, c.max_queue, c.encoder_cache << 20)
+    else:
+        engine = torch_t5.lead(folder, c, world)
+        scheduler = Leading(engine, c.max_queue, c.encoder_cache << 20)
+    engine.when_lost(scheduler.end)
+    return scheduler

@@ -203,7 +203,7 @@ def test_the_engine_before_those_images(gpus: Path, endpoint: Path, model: Model
 def test_newer_engines_must_give_every_rank_its_requests(
     gpus: Path, endpoint: Path, model: Model
 ) -> None:
-    two = {"tensor_parallel_degree": "2", "async_mode": "false"}
+    two = {"tensor_parallel_degree": "2", "async_mode": "false", "backend": "fastertransformer"}
     with (
         pytest.raises(DjlStartFailed) as failed,
         under_mpi(gpus, endpoint, "0.34.0", "MPI", **two),

@@ -16,6 +16,7 @@ from handler.checkpoints.splits import check_degree
 from handler.config import MAX_ROWS_ON_CPU, MAX_ROWS_ON_GPU, Configuration
 from handler.errors import LoadError
 from handler.machine import available_memory, gpu_is_there, usable_cpus
+from handler.ranks import World, meeting_place
 from handler.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from handler.engines.torch_t5.loading import Parts
     from handler.engines.torch_t5.model import T5
     from handler.engines.torch_t5.parallel_engine import TensorParallelEngine
+    from handler.engines.torch_t5.rank import Follower
     from handler.engines.torch_t5.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -42,17 +44,48 @@ def load(folder: Path, c: Configuration) -> TorchT5StepEngine | TensorParallelEn
     for. Raises LoadError."""
     _refuse_unsupported(c)
     degree = _degree(c)
+    check_degree(T5Architecture.from_config(model_config(folder)), degree, _DEGREE)
     if degree == 1:
         part = load_part(folder, c)
         return part.engine(part.rows)
-    check_degree(T5Architecture.from_config(model_config(folder)), degree, _DEGREE)
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    from handler.engines.torch_t5.ranks import Ranks, start_processes
+    from handler.engines.torch_t5.ranks import Ranks, refuse_another_model, start_processes
 
+    refuse_another_model()
     store = TCPStore("127.0.0.1", 0, degree, True, wait_for_workers=False)
     ranks = Ranks(degree, start_processes(folder, c, degree, store.port))
     return _load_together(folder, c, store, ranks)
+
+
+def lead(folder: Path, c: Configuration, world: World) -> TensorParallelEngine:
+    """The engine of MPI rank 0. Raises LoadError."""
+    _check_ranks(folder, c, world)
+    from handler.engines.torch_t5.ranks import Ranks
+
+    return _load_together(folder, c, meeting_place(world), Ranks(world.size))
+
+
+def follow(folder: Path, c: Configuration, world: World) -> Follower:
+    """What an MPI rank > 0 has of the engine. Raises LoadError."""
+    _check_ranks(folder, c, world)
+    from handler.engines.torch_t5.rank import Follower
+
+    try:
+        return Follower(folder, c, world.rank, world.size, meeting_place(world))
+    except EOFError:
+        raise LoadError(f"rank 0 of {world.size} is gone, its log says why") from None
+
+
+def _check_ranks(folder: Path, c: Configuration, world: World) -> None:
+    """Raises LoadError."""
+    _refuse_unsupported(c)
+    if c.tensor_parallel_degree not in (world.size, "max"):
+        raise LoadError(
+            f"{_DEGREE}={c.tensor_parallel_degree} needs as many MPI ranks, mpirun started "
+            f"{world.size}; set it to {world.size}"
+        )
+    check_degree(T5Architecture.from_config(model_config(folder)), world.size, _DEGREE)
 
 
 def _load_together(
@@ -65,10 +98,13 @@ def _load_together(
     try:
         ranks.meet(store)
         part = load_part(folder, c, 0, ranks.size)
-        rows = min(part.rows, *ranks.all_told())
+        rows = min(part.rows, *ranks.all_told("loaded"))
         ranks.send("join", rows)
         part.join(process_group(store, 0, ranks.size, part.device))
-        return TensorParallelEngine(part.engine(rows), ranks)
+        engine = TensorParallelEngine(part.engine(rows), ranks)
+        ranks.all_told("ready")
+        ranks.serve()
+        return engine
     except BaseException as error:
         ranks.close()
         if isinstance(error, LoadError) or ranks.lost is None:
@@ -138,7 +174,7 @@ def load_part(folder: Path, c: Configuration, rank: int = 0, degree: int = 1) ->
 
 
 def _degree(c: Configuration) -> int:
-    """Ranks; "max" is as many as there are GPUs."""
+    """ "max" is as many as there are GPUs."""
     import torch
 
     if c.tensor_parallel_degree != "max":

@@ -50,6 +50,10 @@ class TensorParallelEngine:
         """Call this, once and from any thread, with what happened, should a rank be lost."""
         self._ranks.when_lost(action)
 
+    def share(self, answer: object) -> None:
+        """Give the other ranks what was answered; from any thread. See handler/following.py."""
+        self._ranks.send("share", answer)
+
     def encode(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[SharedPrompt] | None]:
         first = self._next_number
         self._next_number += len(prompts)

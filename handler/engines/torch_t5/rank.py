@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch.distributed as dist
@@ -20,33 +22,56 @@ from handler.engines.torch_t5.ranks import Link, process_group
 from handler.errors import one_line
 
 
-def follow(folder: Path, c: Configuration, rank: int, size: int, store: TCPStore) -> None:
-    """Load, and do as rank 0 does until it says that this is the end.
+class Follower:
+    """This rank, with its part of the model. What fails in it is told to rank 0, and raised; rank 0
+    itself gone is an EOFError.
 
-    What fails here is told to rank 0, and raised.
+    answers: what rank 0 shared of them, in their order.
     """
-    link = Link(store, rank)
-    try:
-        part = torch_t5.load_part(folder, c, rank, size)
-        link.tell("loaded", part.rows)
-        _, (rows,) = link.receive()
-        part.join(process_group(store, rank, size, part.device))
-        commands = _Commands(part.engine(rows))
-        while (told := link.receive())[0] != "close":
-            commands.run(*told)
-    except EOFError:  # rank 0 is gone
-        raise
-    except BaseException as error:
-        link.tell("failed", one_line(f"rank {rank} of {size}: {error or type(error).__name__}"))
-        raise
-    dist.destroy_process_group()
+
+    def __init__(
+        self, folder: Path, c: Configuration, rank: int, size: int, store: TCPStore
+    ) -> None:
+        self.answers: SimpleQueue[Any] = SimpleQueue()
+        self._name = f"rank {rank} of {size}"
+        self._link = Link(store, rank)
+        with self._telling():
+            part = torch_t5.load_part(folder, c, rank, size)
+            self._link.tell("loaded", part.rows)
+            command, arguments = self._link.receive()
+            if command == "close":  # rank 0 could not load
+                raise EOFError
+            (rows,) = arguments
+            part.join(process_group(store, rank, size, part.device))
+            self.engine = part.engine(rows)
+            self._link.tell("ready")
+
+    def run(self) -> None:
+        """Do as rank 0 does until it says that this is the end."""
+        commands = _Commands(self.engine, self.answers)
+        with self._telling():
+            while (told := self._link.receive())[0] != "close":
+                commands.run(*told)
+        self._link.close()
+        dist.destroy_process_group()
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except EOFError:
+            raise
+        except BaseException as error:
+            self._link.tell("failed", one_line(f"{self._name}: {error or type(error).__name__}"))
+            raise
 
 
 class _Commands:
     """What rank 0 may ask for. Encoded prompts have numbers, which rank 0 gives."""
 
-    def __init__(self, engine: TorchT5StepEngine) -> None:
+    def __init__(self, engine: TorchT5StepEngine, answers: SimpleQueue[Any]) -> None:
         self._engine = engine
+        self._answers = answers
         self._prompts: dict[int, EncodedPrompt] = {}
         self._parts: Iterator[list[EncodedPrompt] | None] = iter(())
         self._first = 0
@@ -78,6 +103,9 @@ class _Commands:
     def reorder(self, rows: list[int], parents: list[int]) -> None:
         self._engine.reorder(rows, parents)
 
+    def share(self, answer: Any) -> None:
+        self._answers.put(answer)
+
 
 def main() -> None:
     """As rank 0 starts it: standard input tells what it is."""
@@ -85,7 +113,7 @@ def main() -> None:
     start_log()
     configuration = Configuration(**told["configuration"])
     store = TCPStore("127.0.0.1", told["port"], told["size"], False)
-    follow(Path(told["folder"]), configuration, told["rank"], told["size"], store)
+    Follower(Path(told["folder"]), configuration, told["rank"], told["size"], store).run()
 
 
 if __name__ == "__main__":

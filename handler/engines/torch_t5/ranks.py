@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 from multiprocessing import connection
@@ -40,10 +41,11 @@ _SILENCE_SECONDS = 8.0
 # Importing torch and reaching the socket.
 _START_SECONDS = 300.0
 _GOODBYE_SECONDS = 10.0
+_LAST_WORDS_SECONDS = 1.0
 
 
 class Ranks:
-    """Rank 0's hold of the others. ``send`` is for one thread, everything else for any.
+    """Rank 0's hold of the others, for any thread. What one thread sends stays in its order.
 
     processes: those that are to be killed when one is lost; of MPI ranks mpirun takes care.
     """
@@ -55,8 +57,10 @@ class Ranks:
         self._closing = False
         self._when_lost: Callable[[str], None] = lambda reason: None
         self._changed = threading.Condition()
-        self._told: dict[int, Any] = {}
+        self._told: dict[tuple[str, int], Any] = {}
         self._links: dict[int, connection.Connection] = {}
+        self._sending = threading.Lock()
+        self._patience = _START_SECONDS
 
     def meet(self, store: TCPStore) -> None:
         """Wait for all to connect. Raises LoadError."""
@@ -68,6 +72,8 @@ class Ranks:
                 listener.settimeout(_BEAT_SECONDS)
                 store.set("socket", f"{folder}/socket")
                 self._accept(listener)
+        except OSError as error:
+            raise LoadError(f"no socket {folder}/socket for ranks: {error}; set TMPDIR") from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         threading.Thread(target=self._watch, name="ranks", daemon=True).start()
@@ -79,19 +85,24 @@ class Ranks:
             if ended is not None or time.monotonic() > deadline:
                 self._kill()
                 raise LoadError(ended or f"not all {self.size} ranks started in {_START_SECONDS} s")
-            try:
+            with suppress(TimeoutError, EOFError):  # nobody came, or is gone already
                 link = connection.Connection(listener.accept()[0].detach())
-            except TimeoutError:
-                continue
-            self._links[link.recv()] = link
+                if link.poll(_START_SECONDS):
+                    self._links[link.recv()] = link
 
-    def all_told(self) -> list[Any]:
-        """What every rank told when it had loaded. Raises LoadError where one could not."""
+    def all_told(self, what: str) -> list[Any]:
+        """What every rank told of this, waiting for it. Raises LoadError where one failed."""
+        expected = [(what, rank) for rank in range(1, self.size)]
         with self._changed:
-            self._changed.wait_for(lambda: self.lost or len(self._told) == self.size - 1)
+            self._changed.wait_for(lambda: self.lost or self._told.keys() >= {*expected})
             if self.lost is not None:
                 raise LoadError(self.lost)
-            return list(self._told.values())
+            return [self._told[key] for key in expected]
+
+    def serve(self) -> None:
+        """From now on a rank that stands still is missed soon: requests wait for it. One that
+        loads may be held up for long, by a disk or a driver."""
+        self._patience = _SILENCE_SECONDS
 
     def send(self, command: str, *arguments: Any) -> None:
         """Let every other rank do this. Raises RankLost."""
@@ -99,7 +110,8 @@ class Ranks:
             if self.lost is not None:
                 raise RankLost(self.lost)
             try:
-                link.send((command, arguments))
+                with self._sending:
+                    link.send((command, arguments))
             except OSError as error:
                 raise RankLost(self.lost or f"a rank is gone: {error}") from error
 
@@ -165,7 +177,7 @@ class Ranks:
                 if not self._hear(rank):
                     return
             for rank, when in heard.items():
-                if now - when > _SILENCE_SECONDS:
+                if now - when > self._patience:
                     self.lose(
                         f"rank {rank} of {self.size} stands still: not heard for {now - when:.0f} s"
                     )
@@ -183,9 +195,9 @@ class Ranks:
         if what == "failed":
             self.lose(about)
             return False
-        if what == "loaded":
+        if what != "alive":
             with self._changed:
-                self._told[rank] = about
+                self._told[what, rank] = about
                 self._changed.notify_all()
         return True
 
@@ -216,6 +228,7 @@ class Link:
         link.connect(store.get("socket").decode())
         self._connection = connection.Connection(link.detach())
         self._sending = threading.Lock()
+        self._closed = threading.Event()
         self._connection.send(rank)
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
 
@@ -225,16 +238,25 @@ class Link:
 
     def receive(self) -> tuple[str, tuple[Any, ...]]:
         """The next command. Raises EOFError when rank 0 is gone."""
-        command, arguments = self._connection.recv()
+        try:
+            command, arguments = self._connection.recv()
+        except OSError as error:
+            raise EOFError from error
         return command, arguments
 
+    def close(self) -> None:
+        """Rank 0 said goodbye, and may go."""
+        self._closed.set()
+
     def _beat(self) -> None:
-        while True:
+        while not self._closed.wait(_BEAT_SECONDS):
             try:
                 self.tell("alive")
-            except OSError:  # the main thread may wait for rank 0 in a process group for ever
-                os._exit(1)
-            time.sleep(_BEAT_SECONDS)
+            except OSError:
+                # its goodbye may be here and not be read yet; else the thread that would read it
+                # may wait for rank 0 in a process group for ever
+                if not self._closed.wait(_LAST_WORDS_SECONDS):
+                    os._exit(1)
 
 
 def start_processes(
@@ -260,12 +282,16 @@ def start_processes(
     return processes
 
 
-def process_group(store: TCPStore, rank: int, size: int, device: torch.device) -> dist.ProcessGroup:
-    """Where the ranks' results meet; returns when all are there. Raises LoadError."""
+def refuse_another_model() -> None:
+    """Raises LoadError where this process has a model on several ranks already."""
     if dist.is_initialized():
         raise LoadError(
             "a process has one model of option.tensor_parallel_degree > 1: close the other first"
         )
+
+
+def process_group(store: TCPStore, rank: int, size: int, device: torch.device) -> dist.ProcessGroup:
+    """Where the ranks' results meet; returns when all are there."""
     on_gpu = device.type == "cuda"
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else by the host's name, which may be none
     dist.init_process_group(

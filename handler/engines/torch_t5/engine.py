@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
@@ -137,10 +138,12 @@ class TorchT5StepEngine:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _encoder_biases(self, s: int) -> Tensor:
-        """[tables, heads, s, s]"""
+    def _encoder_biases(self, s: int) -> Iterator[Tensor]:
+        """Of each layer [heads, s, s]; those of a layer's own table only when it is its turn."""
         places = torch.arange(s, device=self._device)
-        return self._encoder_bias[:, :, places - places[:, None] + self.max_input_tokens - 1]
+        index = places - places[:, None] + self.max_input_tokens - 1
+        biases = (table[:, index] for table in self._encoder_bias)
+        return biases if len(self._encoder_bias) > 1 else repeat(next(biases))
 
     def _moved(self, numbers: npt.NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(numbers)).to(self._device, non_blocking=True)

@@ -27,7 +27,9 @@ def main(calls: str, answers: str) -> None:
     with open(f"{answers}.{world_of().rank}", "w") as file:
         for line in Path(calls).read_text().splitlines():
             bodies = [json.dumps(body).encode() for body in json.loads(line)]
-            got: list[Any] = [json.loads(reply.body) for reply in service.answer_on_all_ranks(bodies)]
+            got: list[Any] = [
+                json.loads(reply.body) for reply in service.answer_on_all_ranks(bodies)
+            ]
             file.write(json.dumps(got) + "\n")
             file.flush()
     service.close()

@@ -111,8 +111,12 @@ def serving(
     environment: dict[str, str] | None = None,
     python: str = sys.executable,
     log: list[str] | None = None,
+    status: int = 0,
 ) -> Iterator[tuple[httpx.Client, subprocess.Popen[str]]]:
-    """A server process and a client of it; SIGTERM at the end. ``log`` takes its lines."""
+    """A server process and a client of it; SIGTERM at the end. ``log`` takes its lines.
+
+    status: what the process is to end with.
+    """
     log = [] if log is None else log
     process = subprocess.Popen(
         [python, "-m", "handler", "serve", "--port", "0", *arguments],
@@ -136,7 +140,7 @@ def serving(
         finally:
             process.kill()
         reader.join(timeout=10)
-    assert process.returncode == 0, "".join(log)
+    assert process.returncode == status, "".join(log)
     assert "Traceback" not in "".join(log), "".join(log)
 
 

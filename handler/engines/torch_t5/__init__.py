@@ -93,7 +93,7 @@ def _load_together(
 ) -> TensorParallelEngine:
     """Rank 0's part of the model, and the others' when they have theirs."""
     from handler.engines.torch_t5.parallel_engine import TensorParallelEngine
-    from handler.engines.torch_t5.ranks import process_group
+    from handler.engines.torch_t5.ranks import leave_group, process_group
 
     try:
         ranks.meet(store)
@@ -107,6 +107,7 @@ def _load_together(
         return engine
     except BaseException as error:
         ranks.close()
+        leave_group(ranks.lost)
         if isinstance(error, LoadError) or ranks.lost is None:
             raise
         raise LoadError(ranks.lost) from error

@@ -9,11 +9,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch.distributed as dist
 
 from handler.engines.torch_t5.engine import TorchT5StepEngine
 from handler.engines.torch_t5.kv_cache import EncodedPrompt
-from handler.engines.torch_t5.ranks import RankLost, Ranks
+from handler.engines.torch_t5.ranks import RankLost, Ranks, leave_group
 
 _T = TypeVar("_T")
 
@@ -88,8 +87,7 @@ class TensorParallelEngine:
     def close(self) -> None:
         self._ranks.close()
         self._engine.close()
-        if self._ranks.lost is None:
-            dist.destroy_process_group()
+        leave_group(self._ranks.lost)
 
     def _shared(self, own: EncodedPrompt, number: int) -> SharedPrompt:
         shared = SharedPrompt(own, number)

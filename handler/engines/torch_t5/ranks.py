@@ -31,7 +31,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 import handler
 from handler.config import Configuration
-from handler.errors import LoadError
+from handler.errors import LoadError, RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +139,8 @@ class Ranks:
         """Rank 0 failed, often because another is gone: that is then the reason, which is told."""
         with self._changed:
             self._changed.wait_for(lambda: self.lost is not None, timeout=2 * _BEAT_SECONDS)
+        if self.lost is None:
+            logger.error("rank 0 failed", exc_info=error)
         self.lose(f"rank 0 of {self.size}: {error or type(error).__name__}")
         return self.lost or str(error)
 
@@ -216,8 +218,11 @@ class Ranks:
             process.kill()
 
 
-class RankLost(RuntimeError):
+class RankLost(RequestError):
     """A rank is gone, stands still, or failed: nothing can be computed any more."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the engine failed: {reason}", 424)
 
 
 class Link:
@@ -305,3 +310,9 @@ def process_group(store: TCPStore, rank: int, size: int, device: torch.device) -
     group = dist.group.WORLD
     assert group is not None
     return group
+
+
+def leave_group(lost: str | None) -> None:
+    """Let this process join another one later. NCCL may wait for ever for a rank that is lost."""
+    if dist.is_initialized() and (lost is None or dist.get_backend() == "gloo"):
+        dist.destroy_process_group()

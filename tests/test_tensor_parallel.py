@@ -5,6 +5,10 @@ from __future__ import annotations
 
 import gc
 import itertools
+import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +16,17 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+import transformers
+from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from oracle import Oracle
 from random_checkpoints import VARIANTS
 from step_engines import encoded, open_engine
 from test_scheduler import Bench, play, scripts
 
+from handler.checkpoints.partition import partition
+from handler.config import configuration_of
 from handler.engines import Model, init_inference
 from handler.engines.torch_t5.parallel_engine import TensorParallelEngine
 from handler.errors import LoadError
@@ -71,6 +80,100 @@ def test_greedy_and_beams_are_the_oracles(oracle_of: OracleOf, variant: str, deg
         (best,) = answers(model, PROMPTS[1:2], num_beams=3)
         beams = oracle.generate(PROMPTS[1], max_new_tokens=LENGTH, num_beams=3)
         assert best.token_ids == beams[: len(best.token_ids)]
+
+
+# Split ahead of time
+
+
+@pytest.mark.parametrize(
+    ("variant", "degree", "dtype"),
+    [
+        ("t5-v1.0", 2, "int8"),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in [
+                ("odd", 3, "fp32"),
+                ("flan-t5", 2, "fp16"),
+                ("t5-v1.0", 4, "bf16"),
+                ("umt5", 2, "bf16"),
+                ("mt5", 4, "int8"),
+            ]
+        ),
+    ],
+)
+def test_a_folder_with_a_file_for_each_rank(
+    oracle_of: OracleOf, tmp_path: Path, variant: str, degree: int, dtype: str
+) -> None:
+    """It gives the answers of the checkpoint that it was made of."""
+    source, folder = oracle_of(variant).folder, tmp_path / "partitioned"
+    options: dict[str, Any] = {"dtype": dtype, "tensor_parallel_degree": degree}
+    partition(configuration_of(str(source), **options), "native", folder)
+    with loaded(folder, degree, dtype=dtype) as model:
+        found = model.pipeline_generate(PROMPTS, max_new_tokens=LENGTH)
+    # half precision rounds each rank's part of a sum; int8's scales are of the whole matrix
+    like = degree if dtype in ("bf16", "fp16") else 1
+    with loaded(source, like, dtype=dtype) as whole:
+        assert found == whole.pipeline_generate(PROMPTS, max_new_tokens=LENGTH)
+
+
+# Memory
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("degree", [2, 4])
+def test_all_ranks_together_take_little_more_than_the_model(
+    tmp_path: Path, demo: Path, degree: int
+) -> None:
+    """Above what a process takes that has only imported torch."""
+    size = write_large_checkpoint(tmp_path, demo)
+    limits = {"max_rows": 1, "max_input_tokens": 32, "max_output_tokens": 32, "encoder_cache": 0}
+    script = (
+        "import json, sys\nfrom handler.engines import init_inference\n"
+        "model = init_inference(sys.argv[1], int(sys.argv[2]), 'bf16', **json.loads(sys.argv[3]))\n"
+        "print('ready', flush=True)\nsys.stdin.read()\nmodel.close()"
+    )
+    imports = "import sys, torch\nprint('ready', flush=True)\nsys.stdin.read()"
+    (bare,) = held_by(imports)
+    held = held_by(script, str(tmp_path), str(degree), json.dumps(limits))
+    assert len(held) == degree
+    ratio = (sum(held) - degree * bare) / size
+    print(f"{degree} ranks: {ratio:.2f} x the model")
+    assert 0.9 < ratio < 1.2
+
+
+def write_large_checkpoint(folder: Path, demo: Path) -> int:
+    """Bytes of its weights: 283 million parameters in bf16, all zero."""
+    config = transformers.T5Config(
+        d_model=1024,
+        d_kv=64,
+        num_heads=16,
+        d_ff=2816,
+        num_layers=8,
+        num_decoder_layers=8,
+        vocab_size=32128,
+        feed_forward_proj="gated-gelu",
+    )
+    with torch.device("meta"):
+        model = transformers.T5ForConditionalGeneration(config)
+    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    for tensor in model.parameters():
+        tensor.data.zero_()
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo / name, folder)
+    return sum(tensor.nbytes for tensor in model.parameters())
+
+
+def held_by(script: str, *arguments: str) -> list[int]:
+    """Bytes of a process and of each that it started, shared ones divided, when it is ready."""
+    command = [sys.executable, "-c", script, *arguments]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        started = psutil.Process(process.pid)
+        return [p.memory_full_info().pss for p in (started, *started.children(recursive=True))]
 
 
 # Rows that come and go

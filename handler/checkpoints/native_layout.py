@@ -10,7 +10,8 @@ Of rank r of N, in ``rank-<r>-of-<N>.safetensors``, under transformers' names:
     shared, layer norms             whole
 
 int8: matrices in I8 with ``<name>.scale`` [out] in F32, symmetric, the same on every rank; all else
-in F32. fp16: ``wo`` in F32, since what it computes with leaves fp16's range.
+in F32. fp16, bf16: layer norms in F32, as they are computed. fp16: ``wo`` in F32, since what it
+computes with leaves fp16's range.
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ def _entries(tensors: Sequence[Tensor], rank: int, degree: int, dtype: str) -> l
 def _kind(tensor: Tensor, dtype: str) -> str:
     if _is_quantized(tensor, dtype):
         return "I8"
-    if dtype == "fp16" and tensor.name.endswith(".wo.weight"):
+    is_norm = len(tensor.shape) == 1
+    if is_norm or (dtype == "fp16" and tensor.name.endswith(".wo.weight")):
         return "F32"
     return _STORED_AS[dtype]
 

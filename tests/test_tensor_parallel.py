@@ -126,10 +126,10 @@ def test_all_ranks_together_take_little_more_than_the_model(
 ) -> None:
     """Above what a process takes that has only imported torch."""
     size = write_large_checkpoint(tmp_path, demo)
-    limits = {"max_rows": 1, "max_input_tokens": 32, "max_output_tokens": 32, "encoder_cache": 0}
+    limits = {"max_rows": 1, "max_input_tokens": 32, "max_output_tokens": 32, "dtype": "bf16"}
     script = (
         "import json, sys\nfrom handler.engines import init_inference\n"
-        "model = init_inference(sys.argv[1], int(sys.argv[2]), 'bf16', **json.loads(sys.argv[3]))\n"
+        "model = init_inference(sys.argv[1], int(sys.argv[2]), **json.loads(sys.argv[3]))\n"
         "print('ready', flush=True)\nsys.stdin.read()\nmodel.close()"
     )
     imports = "import sys, torch\nprint('ready', flush=True)\nsys.stdin.read()"

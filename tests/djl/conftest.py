@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +42,15 @@ def unpacked(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     for name in ("model.py", "serving.properties"):
         shutil.copy(ROOT / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a CUDA runtime that reports four GPUs."""
+    folder = tmp_path_factory.mktemp("cuda")
+    source, library = Path(__file__).with_name("gpus.c"), folder / "libcudart.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
     return folder
 
 

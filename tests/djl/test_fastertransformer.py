@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -45,15 +44,6 @@ PAYLOADS = {
         b' "parameters": {"min_length": 20, "max_seq_len": 100, "temperature": 0.1}}'
     ),
 }
-
-
-@pytest.fixture(scope="session")
-def gpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a CUDA runtime that reports four GPUs."""
-    folder = tmp_path_factory.mktemp("cuda")
-    source, library = Path(__file__).with_name("gpus.c"), folder / "libcudart.so"
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from handler.errors import LoadError, nearest, shown
 
 # Ranges, not single versions: an image's own version stays wherever it fits, since replacing, say,
 # tokenizers would break the image's transformers. Never torch: the image's is built for its GPUs.
-_EVERYWHERE = (
+EVERYWHERE = (
     "filelock>=3.4,<4",
     "huggingface_hub>=0.14,<2",
     "numpy>=1.21,<3",
@@ -16,8 +16,8 @@ _EVERYWHERE = (
     "sentencepiece>=0.1.99,<0.3",
     "tokenizers>=0.13.2,<1",
 )
-_GUIDED = ("llguidance>=1.9,<2",)
-_ONNX = ("onnx>=1.16,<2", "onnxruntime>=1.23,<2")
+GUIDED = ("llguidance>=1.9,<2",)
+ONNX = ("onnx>=1.16,<2", "onnxruntime>=1.23,<2")
 # transformers 5 wants a torch of 2.6 and newer
 _TRANSFORMERS_4 = ("transformers>=4.44,<5", "accelerate>=0.30,<2")
 _TRANSFORMERS = ("transformers>=4.44,<6", "accelerate>=0.30,<2")
@@ -90,8 +90,8 @@ IMAGES = {
             torch="2.11.0",
             transformers="5.9.0",
             gpu=True,
-            requirements=(*_EVERYWHERE, *_GUIDED),
-            onnx=_ONNX,
+            requirements=(*EVERYWHERE, *GUIDED),
+            onnx=ONNX,
         ),
         # not djl-serving:0.36.0, which has no Python
         Image(
@@ -104,8 +104,8 @@ IMAGES = {
             torch="2.7.1",
             transformers=None,
             gpu=False,
-            requirements=(*_EVERYWHERE, *_GUIDED),
-            onnx=_ONNX,
+            requirements=(*EVERYWHERE, *GUIDED),
+            onnx=ONNX,
             transformers_requirements=_TRANSFORMERS,
         ),
         Image(
@@ -118,8 +118,8 @@ IMAGES = {
             torch="2.5.1",
             transformers=None,
             gpu=True,
-            requirements=(*_EVERYWHERE, *_GUIDED),
-            onnx=_ONNX,
+            requirements=(*EVERYWHERE, *GUIDED),
+            onnx=ONNX,
             transformers_requirements=_TRANSFORMERS_4,
         ),
         Image(
@@ -132,7 +132,7 @@ IMAGES = {
             torch="1.13.1",
             transformers="4.30.1",
             gpu=True,
-            requirements=_EVERYWHERE,
+            requirements=EVERYWHERE,
         ),
     )
 }

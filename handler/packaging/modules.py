@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import handler
@@ -32,8 +33,13 @@ def serving_files(entry_point: str, name: str) -> dict[str, Path]:
         inside = f"{_NAME}/{file.relative_to(_ROOT).as_posix()}"
         if inside not in found:
             found[inside] = file
-            waiting += _imported(ast.parse(file.read_text(encoding="utf-8")))
+            waiting += _imports_of(file)
     return dict(sorted(found.items()))
+
+
+@cache
+def _imports_of(file: Path) -> frozenset[str]:
+    return frozenset(_imported(ast.parse(file.read_text(encoding="utf-8"))))
 
 
 def _imported(tree: ast.AST) -> Iterator[str]:

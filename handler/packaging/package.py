@@ -176,8 +176,6 @@ def _refuse(output: Path, force: bool) -> None:
         )
     if output.exists() and not force:
         raise LoadError(f"{output} is there already; --force replaces it")
-    if not output.absolute().parent.is_dir():
-        raise LoadError(f"{output}: no such folder {output.parent}; make it, or choose another")
 
 
 @contextmanager
@@ -188,7 +186,7 @@ def _work_folder(output: Path) -> Iterator[Path]:
     """
     folder = output.absolute().with_name(f".{output.name}.work")
     try:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise LoadError(

@@ -72,6 +72,7 @@ class Wanted:
 class Plan:
     """How a model is served on a type, or why it is not (``reason``, else empty).
 
+    problem: a short name of the reason, as `check` uses it.
     needed, available: bytes of one GPU, or of the machine. most_rows: that fit at these lengths.
     """
 
@@ -80,6 +81,7 @@ class Plan:
     work: Workload
     available: int
     most_rows: int
+    problem: str = ""
     reason: str = ""
 
     @property
@@ -174,10 +176,12 @@ def _by_degree(wanted: Wanted, instance: InstanceType) -> Iterator[Plan]:
         if dtype not in allowed:
             kind = "a GPU" if on_gpu else "CPUs"
             why = f"backend {backend} serves no {dtype} on {kind}"
-            yield replace(here, reason=why + (f", only {', '.join(allowed)}" if allowed else ""))
+            why += f", only {', '.join(allowed)}" if allowed else ""
+            yield replace(here, problem="dtype-not-supported", reason=why)
         elif degree > max(1, instance.gpus):
             yield replace(
                 here,
+                problem="degree-exceeds-gpus",
                 reason=f"tensor_parallel_degree={asked} needs {asked} GPUs, it has {instance.gpus}",
             )
         else:
@@ -207,23 +211,28 @@ def _judged(p: Plan, wanted: Wanted) -> Plan:
         try:
             check_degree(f.architecture, f.degree)
         except LoadError as error:
-            return replace(p, reason=str(error))
+            return replace(p, problem="heads-not-divisible", reason=str(error))
     # archive and content, and the graphs that are built of them
     graphs = f.weights if f.backend == "onnxruntime" else 0
     disk, room = 2 * wanted.stored + graphs, instance.local_disk or _LARGEST_VOLUME
     if disk > room:
-        return replace(p, reason=f"{_gb(disk)} of disk are needed, it has at most {_gb(room)}")
+        return replace(
+            p,
+            problem="too-large-for-disk",
+            reason=f"{_gb(disk)} of disk are needed, it has at most {_gb(room)}",
+        )
     through_memory = f.all_weights if f.backend == "transformers" and f.degree == 1 else 0
     if instance.gpus and through_memory + _BESIDE_IN_MEMORY > instance.memory:
         return replace(
             p,
+            problem="too-large-for-memory",
             reason=f"transformers puts the weights, {_gib(through_memory)}, into its memory of "
             f"{_gib(instance.memory)} first",
         )
     p = replace(p, most_rows=_most_rows(p))
     if p.most_rows >= p.work.rows:
         return p
-    return replace(p, reason=_too_large(p))
+    return replace(p, problem="too-large-for-memory", reason=_too_large(p))
 
 
 def _fits(p: Plan, work: Workload) -> bool:

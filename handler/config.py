@@ -357,6 +357,20 @@ def read_configuration(
     return Configuration(**merged)
 
 
+def serving_properties(folder: Path) -> dict[str, str]:
+    """A model folder's serving.properties as Java reads it; none without one. Raises LoadError."""
+    file = folder / "serving.properties"
+    if not file.is_file():
+        return {}
+    import javaproperties
+
+    try:
+        with file.open("rb") as stream:
+            return dict(javaproperties.load(stream))
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{file} cannot be read: {error}") from error
+
+
 def without_djls_own(
     properties: Mapping[str, Any], environment: Mapping[str, str]
 ) -> Mapping[str, Any]:

@@ -67,8 +67,8 @@ def _print(findings: list[Finding], trials: list[Trial], prompt: str) -> None:
     print(f"{errors} errors, {len(findings) - errors} warnings")
     for trial in trials:
         print(
-            f"served by {trial.door}: {prompt!r} -> {trial.answer} (loaded in {trial.loading:.1f} s,"
-            f" answered in {trial.answering:.3f} s)"
+            f"served by {trial.door}: {prompt!r} -> {trial.answer} "
+            f"(loaded in {trial.loading:.1f} s, answered in {trial.answering:.3f} s)"
         )
 
 

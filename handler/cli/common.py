@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from handler.config import Configuration, read_configuration
+from handler.config import Configuration, read_configuration, serving_properties
 from handler.errors import LoadError
 
 # Lies in a source checkout, not in an installed package or a model tarball.
@@ -58,7 +58,7 @@ def choose_model(model: str | None, options: Sequence[str]) -> ModelChoice:
     if model is None and not _names_a_model(command_line):
         model = str(_demo())
     if model is not None and Path(model).is_dir():
-        properties = {**_serving_properties(Path(model)), "model_dir": model}
+        properties = {**serving_properties(Path(model)), "model_dir": model}
         if (Path(model) / "config.json").is_file():
             for variable in _VARIABLES_THAT_NAME_A_MODEL:
                 environment.pop(variable, None)
@@ -87,19 +87,6 @@ def _demo() -> Path:
     if not DEMO.is_dir():
         raise LoadError("no MODEL given, and the demo model is not in this installation")
     return DEMO
-
-
-def _serving_properties(folder: Path) -> dict[str, str]:
-    file = folder / "serving.properties"
-    if not file.is_file():
-        return {}
-    import javaproperties
-
-    try:
-        with file.open("rb") as stream:
-            return dict(javaproperties.load(stream))
-    except ValueError as error:
-        raise LoadError(f"{file} cannot be read: {error}") from error
 
 
 def _name(configuration: Configuration) -> str:

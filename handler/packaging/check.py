@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from handler.checkpoints.find import model_config
-from handler.config import read_configuration
+from handler.config import read_configuration, serving_properties
 from handler.errors import LoadError
 from handler.packaging import check_archive, check_checkpoint, check_instance, check_properties
 from handler.packaging.archive import extract
@@ -91,34 +91,19 @@ def check(
 
 
 def subject_of(folder: Path, image: Image | None, instance: InstanceType | None) -> Subject:
-    properties = _properties(folder)
-    configuration = checkpoint = config = None
-    if properties is not None:
-        try:
-            told = {k: v for k, v in properties.items() if k.startswith("option.")}
-            configuration = read_configuration(properties=told)
-        except LoadError:  # told by check_properties
-            configuration = None
+    properties = configuration = checkpoint = config = None
+    try:
+        properties = serving_properties(folder)
+        told = {k: v for k, v in properties.items() if k.startswith("option.")}
+        configuration = read_configuration(properties=told)
+    except LoadError:  # told by check_properties
+        pass
     try:
         checkpoint = checkpoint_folder(folder, configuration) if configuration else folder
         config = model_config(checkpoint) if checkpoint else None
     except LoadError:  # told by check_properties, check_checkpoint
         pass
     return Subject(folder, properties, configuration, checkpoint, config, image, instance)
-
-
-def _properties(folder: Path) -> Mapping[str, str] | None:
-    """Without one, none; None where it cannot be read."""
-    import javaproperties
-
-    file = folder / "serving.properties"
-    if not file.is_file():
-        return {}
-    try:
-        with file.open("rb") as stream:
-            return dict(javaproperties.load(stream))
-    except ValueError:
-        return None
 
 
 def _nested(folder: Path) -> Path | None:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from handler.config import DJL_OWNED, PROPERTIES, canonical_name, read_configuration
+from handler.config import (
+    DJL_OWNED,
+    PROPERTIES,
+    canonical_name,
+    read_configuration,
+    serving_properties,
+)
 from handler.errors import LoadError, nearest, shown
 from handler.packaging.findings import Finding, Subject, checkpoint_folder, error, warning
 from handler.packaging.requirements import THE_IMAGES_OWN
@@ -14,7 +20,7 @@ from handler.packaging.serving_properties import written_key
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-# Engines that start Python workers; the last two in images up to 0.26.
+# Engines that start Python workers; the last two are those of the images of 2023.
 _ENGINES = ("Python", "MPI", "FasterTransformer", "DeepSpeed")
 _OLD_ENGINES = ("FasterTransformer", "DeepSpeed")
 _WHOLE_NUMBERS = {
@@ -45,8 +51,11 @@ def encoding(s: Subject) -> Iterator[Finding]:
             "serving.properties begins with a byte order mark, which becomes part of its first "
             "key; save it as UTF-8 without BOM",
         )
-    elif s.properties is None:
-        yield error("unreadable-properties", "serving.properties cannot be read; see docs")
+    else:
+        try:
+            serving_properties(s.folder)
+        except LoadError as problem:
+            yield error("unreadable-properties", s.relative(problem))
 
 
 def names(s: Subject) -> Iterator[Finding]:

@@ -1,6 +1,8 @@
-"""Run by python -c in a model folder, whose own handler it loads: one request, as DJL would send it.
+"""Run by python -c in a model folder, whose own handler it loads, for one request.
 
-Arguments: the entry point; ours, or djl for DJL's own worker code. Standard input: {"properties",
+With that folder as working directory and on the path, as DJL runs its workers.
+
+Arguments: the entry point; ours, or djl for DJL's service loader. Standard input: {"properties",
 "body"}. The last line of standard output: {"answer", "loading", "answering"}.
 """
 

@@ -6,9 +6,18 @@ import json
 from typing import Any
 
 import pytest
+from conftest import ROOT
 
 from handler.errors import RequestError
 from handler.steps import NO_STEPS, Steps
+
+
+def test_the_docs_show_the_example() -> None:
+    example = (ROOT / "examples" / "entry_point" / "model.py").read_text()
+    docs = (ROOT / "docs" / "djlserving.md").read_text()
+    docstring, imports, exports, *rest = example.split("\n\n", 3)
+    assert (docstring[:3], exports[:7]) == ('"""', "__all__")
+    assert f"```python\n{imports}\n\n{rest[0]}```" in docs
 
 
 def test_without_steps_bodies_are_not_touched() -> None:

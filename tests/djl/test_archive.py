@@ -25,9 +25,7 @@ def archive(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("version", SYNC)
-def test_djl_unpacks_and_serves_it(
-    archive: Path, model: Model, version: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_djl_unpacks_and_serves_it(archive: Path, model: Model, version: str) -> None:
     """0.34 in async mode, as serving.properties has it; older ones have none."""
     texts = [f"Write {number} in words." for number in (7, 48)]
     expected = [{"outputs": [output]} for output in model.pipeline_generate(texts)]
@@ -35,4 +33,4 @@ def test_djl_unpacks_and_serves_it(
         answers = client.predict_in_turn([ask(text) for text in texts])
         log = client.log()
     assert [answer.json() for answer in answers] == expected
-    assert "pip install requirements succeed" in log
+    assert "pip install requirements succeed" in log, log

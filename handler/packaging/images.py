@@ -9,7 +9,7 @@ from handler.errors import LoadError, nearest, shown
 # Ranges, not single versions: an image's own version stays wherever it fits, since replacing, say,
 # tokenizers would break the image's transformers. Never torch: the image's is built for its GPUs.
 EVERYWHERE = (
-    "filelock>=3.4,<4",
+    "filelock>=3.4,<5",
     "huggingface_hub>=0.14,<2",
     "numpy>=1.21,<3",
     "safetensors>=0.3.1,<1",

@@ -18,6 +18,9 @@ from typing import Any
 # The models of the tests are tiny: a second thread would wait longer than it computes. Set before
 # torch is imported; the servers inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Without a GPU Triton's kernels are interpreted; it looks once, when it is imported.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import httpx
 import hypothesis

@@ -26,11 +26,12 @@ from random_checkpoints import write_checkpoint
 from handler.config import configuration_of
 from handler.engines import onnx_t5
 from handler.engines.onnx_t5.sessions import open_session, use_threads
-from handler.engines.protocol import StepEngine
+from handler.engines.protocol import Sampler, StepEngine
 from handler.errors import RequestError
 from handler.generation import Generation, GenerationRequest, GenerationResult, TokenEvent
 from handler.machine import usable_cpus
 from handler.parameters import GenerationParameters, parse_parameters
+from handler.sampling import HostSampler
 from handler.scheduler import Scheduler
 from handler.tokenizer import ByteTokenizer, Tokenizer
 
@@ -52,6 +53,7 @@ class EchoEngine:
     """
 
     tokenizer: Tokenizer = ByteTokenizer()
+    sampler: Sampler = HostSampler()
     decoder_start_token_id = 0
     max_input_tokens = max_output_tokens = 300
     seconds_of_a_step = seconds_of_a_part = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor
 
 from handler.checkpoints.architecture import T5Architecture, relative_position_bucket
+from handler.engines.protocol import Sampler
 from handler.engines.torch_t5.cuda_graphs import Capture, CudaGraphs
 from handler.engines.torch_t5.kv_cache import EncodedPrompt, RowCache, StepMemory
 from handler.engines.torch_t5.model import T5
+from handler.engines.torch_t5.sampling import DeviceSampler
+from handler.sampling import HostSampler
 from handler.tokenizer import Tokenizer
 
 # Tokens of prompts that are encoded together: on a CPU as many keep it busy, a GPU wants more.
@@ -45,6 +49,8 @@ class TorchT5StepEngine:
         self.max_output_tokens = max_output_tokens
         at_once = _ENCODE_TOKENS_GPU if device.type == "cuda" else _ENCODE_TOKENS_CPU
         self.encode_tokens = max(at_once, max_input_tokens)
+        on_gpu = device.type == "cuda"
+        self.sampler: Sampler = DeviceSampler() if on_gpu else HostSampler()
         self._model = model
         self._device = device
         dtype = model.dtype
@@ -92,8 +98,11 @@ class TorchT5StepEngine:
 
     def decode(
         self, n: int, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.float32]:
-        """Tokens [n, q] of rows 0..n-1, the first at positions [n] -> logits [n, q, vocabulary]"""
+    ) -> Any:
+        """Tokens [n, q] of rows 0..n-1, the first at positions [n] -> logits [n, q, vocabulary]
+
+        They stay on the device for a sampler that works there.
+        """
         rows, q = self._rows, tokens.shape[1]
         for row, position in enumerate(positions.tolist()):
             rows.own_used[row] = max(rows.own_used[row], position + q)
@@ -110,8 +119,7 @@ class TorchT5StepEngine:
                 cross=max(rows.prompt_lengths[:n]),
             )
             logits = self._model.decode(self._moved(tokens), memory)
-        on_host: npt.NDArray[np.float32] = logits.cpu().numpy()
-        return on_host
+        return logits if isinstance(self.sampler, DeviceSampler) else logits.cpu().numpy()
 
     def _step(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """tokens [n, 1], positions [n] -> logits [n, 1, vocabulary], by kernels that read nothing

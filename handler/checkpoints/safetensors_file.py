@@ -122,17 +122,17 @@ class SafetensorsFile:
     def read_part(self, name: str, index: tuple[slice, ...]) -> npt.NDArray[np.float32]:
         """``read(name)[index]``: of the first axis no more is read, of others piece by piece."""
         shape = self.shape(name)
-        rows = range(*index[0].indices(shape[0]))
-        others = index[1:]
-        if not any(part.indices(size) != (0, size, 1) for part, size in zip(others, shape[1:])):
+        rows = range(shape[0])[index[0]] if index else range(0)
+        if not index or rows.step != 1:
+            return self.read(name)[index]
+        others = zip(index[1:], shape[1:])
+        if all(range(size)[part] == range(size) for part, size in others):
             return self._in_fp32(name, self._read_rows(name, rows.start, len(rows)))
-        width = math.prod(shape[1:])
-        step = max(1, _PIECE // width)
+        wanted = (slice(None), *index[1:])
+        most = max(1, _PIECE // max(1, math.prod(shape[1:])))
         pieces = [
-            self._in_fp32(
-                name, self._read_rows(name, start, min(step, rows.stop - start))[:, others[0]]
-            )
-            for start in range(rows.start, rows.stop, step)
+            self._in_fp32(name, self._read_rows(name, start, min(most, rows.stop - start))[wanted])
+            for start in rows[::most] or [rows.stop]
         ]
         return np.concatenate(pieces)
 
@@ -159,7 +159,9 @@ class SafetensorsFile:
 
     def _in_fp32(self, name: str, array: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         if self._places[name].dtype == "BF16":  # the upper half of an fp32
-            array = (array.astype("<u4") << 16).view("<f4")
+            bits = array.astype("<u4")
+            bits <<= 16
+            array = bits.view("<f4")
         with np.errstate(over="ignore"):  # of fp64; who reads refuses infinity
             return array.astype(np.float32, copy=False)
 

@@ -175,17 +175,23 @@ def _compute_dtype(c: Configuration, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if capable else torch.float16
 
 
-def _refuse_unsupported(c: Configuration) -> None:
-    """Raises LoadError."""
+def against_this_torch() -> str | None:
+    """Why the torch that is installed does not do, or None."""
     try:
         import torch
     except ImportError as error:
-        raise LoadError(f"option.backend=torch needs the package torch: {error}") from error
+        return f"backend torch needs the package torch: {error}"
     if tuple(map(int, torch.__version__.split(".")[:2])) < _OLDEST_TORCH:
-        raise LoadError(
-            f"option.backend=torch needs torch {'.'.join(map(str, _OLDEST_TORCH))} or newer, "
-            f"{torch.__version__} is installed; set option.backend=transformers"
-        )
+        oldest = ".".join(map(str, _OLDEST_TORCH))
+        return f"backend torch needs torch {oldest} or newer, {torch.__version__} is installed"
+    return None
+
+
+def _refuse_unsupported(c: Configuration) -> None:
+    """Raises LoadError."""
+    against = against_this_torch()
+    if against is not None:
+        raise LoadError(f"{against}; set option.backend=transformers")
     if c.dtype == "int4":
         raise LoadError(
             "option.dtype=int4 is not supported by backend torch, allowed are auto, fp32, bf16, "
@@ -220,7 +226,8 @@ def _rows(c: Configuration, a: T5Architecture, dtype: torch.dtype, device: torch
     if device.type == "cuda":
         free, wanted = int(torch.cuda.mem_get_info(device)[0] * _ROWS_SHARE), MAX_ROWS_ON_GPU
     else:
-        free, wanted = available_memory() or 1 << 62, MAX_ROWS_ON_CPU
+        available = available_memory()
+        free, wanted = 1 << 62 if available is None else available, MAX_ROWS_ON_CPU
     of_one = RowCache.nbytes(a, 1, c.max_input_tokens, c.max_output_tokens, dtype.itemsize)
     rows = c.max_rows or min(wanted, free // of_one)
     if not rows or rows * of_one > free:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -72,10 +73,12 @@ class TorchT5StepEngine:
     def use_graphs(self, capture: Capture | None = None) -> None:
         """Run the kernels as CUDA graphs from now on. All ranks of a model call it together. Raises
         what CUDA and Triton do."""
+        self._use_device()
         self._graphs = CudaGraphs(self._step, self.max_rows, self._device, capture)
 
     def encode(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[EncodedPrompt] | None]:
         """Encode together, yielding None after each layer and the prompts at the end."""
+        self._use_device()
         lengths = [len(prompt) for prompt in prompts]
         ids = torch.tensor([i for prompt in prompts for i in prompt], device=self._device)
         encoded = None
@@ -103,6 +106,7 @@ class TorchT5StepEngine:
 
         They stay on the device for a sampler that works there.
         """
+        self._use_device()
         rows, q = self._rows, tokens.shape[1]
         for row, position in enumerate(positions.tolist()):
             rows.own_used[row] = max(rows.own_used[row], position + q)
@@ -145,13 +149,20 @@ class TorchT5StepEngine:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _encoder_biases(self, s: int) -> Tensor:
-        """[tables, heads, s, s]"""
+    def _encoder_biases(self, s: int) -> Iterator[Tensor]:
+        """Of each layer [heads, s, s]; those of a layer's own table only when it is its turn."""
         places = torch.arange(s, device=self._device)
-        return self._encoder_bias[:, :, places - places[:, None] + self.max_input_tokens - 1]
+        index = places - places[:, None] + self.max_input_tokens - 1
+        biases = (table[:, index] for table in self._encoder_bias)
+        return biases if len(self._encoder_bias) > 1 else repeat(next(biases))
 
     def _moved(self, numbers: npt.NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(numbers)).to(self._device, non_blocking=True)
+
+    def _use_device(self) -> None:
+        """Triton launches on the current device, which each thread has its own."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
 
     def _wait(self) -> None:
         """Until the device is done: who decides what comes next goes by the time that passed."""

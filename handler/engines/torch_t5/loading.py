@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Protocol, Union
 
@@ -108,66 +110,89 @@ def load_model(a: T5Architecture, parts: Parts, dtype: torch.dtype, device: torc
 
 
 class _Filler:
-    """Puts tensors into a model that has none yet."""
+    """Puts tensors into a model that has none yet, reading one at a time."""
 
     def __init__(self, model: T5, parts: Parts, dtype: torch.dtype, device: torch.device) -> None:
         self._model, self._parts, self._dtype, self._device = model, parts, dtype, device
 
     def parameter(self, place: str, names: Sequence[str], dtype: torch.dtype) -> None:
-        tensor = self._joined([self._parts.part(name) for name in names], names, dtype)
-        self._set(self._model.get_submodule(place), tensor)
+        parts = (self._parts.part(name) for name in names)
+        self._fill(self._model.get_submodule(place), parts, names, dtype)
 
     def product(self, place: str, names: Sequence[str]) -> None:
         """The product of these matrices, one below the other, in the form they are in."""
-        parts = [self._parts.part(name) for name in names]
-        quantized = [part for part in parts if isinstance(part, QuantizedWeight)]
+        parts = (self._parts.part(name) for name in names)
+        first, scale = next(parts), 1.0
         parent, _, attribute = place.rpartition(".")
+        is_rescaled = attribute == "wo" and self._dtype == torch.float16
         product = self._model.get_submodule(place)
-        if quantized:
-            rows = len(_weight(product))
-            values = [torch.from_numpy(q.values).to(self._device) for q in quantized]
-            scales = [torch.from_numpy(q.scales).to(self._device) for q in quantized]
-            product = Int8Linear(_padded(torch.cat(values), rows), _padded(torch.cat(scales), rows))
+        if isinstance(first, QuantizedWeight):
+            product = self._int8(len(_weight(product)), [first, *parts])
         else:
-            self._set(product, self._joined(parts, names, self._dtype))
-        if attribute == "wo" and self._dtype == torch.float16:
-            product = RescaledLinear(product)
+            if is_rescaled:
+                scale = _power_of_two(first)
+                first = first / scale
+            self._fill(product, chain([first], parts), names, self._dtype)
+        if is_rescaled:
+            product = RescaledLinear(product, scale)
         setattr(self._model.get_submodule(parent), attribute, product)
 
     def relative_bias(self, stack: str, names: Sequence[str]) -> None:
-        tables = [self._joined([self._parts.part(n)], [n], torch.float32) for n in names]
+        tables = [_floats(self._parts.part(n), n, torch.float32).float() for n in names]
         module = self._model.get_submodule(stack)
-        module.relative_bias = nn.Parameter(torch.stack(tables), requires_grad=False)
+        biases = torch.stack(tables).to(self._device)
+        module.relative_bias = nn.Parameter(biases, requires_grad=False)
 
-    def _set(self, module: nn.Module, tensor: Tensor) -> None:
-        like = _weight(module)
-        whole = _padded(tensor, len(like))
-        assert whole.shape == like.shape, (whole.shape, like.shape)
-        module.weight = nn.Parameter(whole, requires_grad=False)
+    def _fill(
+        self, module: nn.Module, parts: Iterable[Part], names: Sequence[str], dtype: torch.dtype
+    ) -> None:
+        shape = _weight(module).shape
+        floats = (_floats(part, name, dtype) for part, name in zip(parts, names))
+        module.weight = nn.Parameter(
+            _joined(floats, shape, dtype, self._device), requires_grad=False
+        )
 
-    def _joined(self, parts: Sequence[Part], names: Sequence[str], dtype: torch.dtype) -> Tensor:
-        tensors = []
-        for part, name in zip(parts, names):
-            assert not isinstance(part, QuantizedWeight), name
-            if isinstance(part, np.ndarray):
-                half = dtype == torch.float16
-                part = torch.from_numpy(to_fp16(part, name) if half else part)
-            tensors.append(part.to(self._device, dtype))
-        return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+    def _int8(self, rows: int, parts: Sequence[Part]) -> Int8Linear:
+        quantized = [part for part in parts if isinstance(part, QuantizedWeight)]
+        values = [torch.from_numpy(part.values) for part in quantized]
+        scales = [torch.from_numpy(part.scales) for part in quantized]
+        return Int8Linear(
+            _joined(values, (rows, values[0].shape[1]), torch.int8, self._device),
+            _joined(scales, (rows,), torch.float32, self._device),
+        )
+
+
+def _joined(
+    parts: Iterable[Tensor], shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """One below the other; then rows of 0, as the last rank's vocabulary may be smaller."""
+    whole = torch.empty(*shape, dtype=dtype, device=device)
+    row = 0
+    for part in parts:
+        whole[row : row + len(part)] = part
+        row += len(part)
+    whole[row:] = 0
+    return whole
+
+
+def _floats(part: Part, name: str, dtype: torch.dtype) -> Tensor:
+    """A tensor that can be turned into ``dtype``. Raises LoadError where it is beyond fp16."""
+    assert not isinstance(part, QuantizedWeight), name
+    if isinstance(part, np.ndarray):
+        return torch.from_numpy(to_fp16(part, name) if dtype == torch.float16 else part)
+    return part
+
+
+def _power_of_two(weight: Array | Tensor) -> float:
+    """Divided by it, exactly, the largest number is near 1."""
+    largest = max(float(weight.max()), -float(weight.min()))
+    return math.ldexp(1.0, math.frexp(largest)[1])
 
 
 def _weight(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight
-
-
-def _padded(tensor: Tensor, rows: int) -> Tensor:
-    """With rows of 0 at its end: the last rank's vocabulary may be smaller."""
-    missing = rows - len(tensor)
-    if not missing:
-        return tensor
-    return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
 
 
 def _products(a: T5Architecture) -> Iterator[tuple[str, list[str]]]:

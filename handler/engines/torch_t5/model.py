@@ -6,7 +6,7 @@ d_model. What passes from layer to layer is fp32 whatever the weights are: it le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, cast
 
 import torch
@@ -46,11 +46,11 @@ class T5(nn.Module):
         self._logit_scale = a.d_model**-0.5 if a.scale_logits else 1.0
 
     def encode(
-        self, ids: Tensor, lengths: Sequence[int], biases: Tensor
+        self, ids: Tensor, lengths: Sequence[int], biases: Iterable[Tensor]
     ) -> Iterator[Tensor | None]:
         """ids [t] of prompts one behind the other -> None after each layer, at the end [t, d].
 
-        biases: relative biases of the longest prompt, [tables, heads, s, s].
+        biases: of each layer the relative biases of the longest prompt, [heads, s, s].
         """
         yield from self.encoder(self.embedding(ids).float(), lengths, biases)
 
@@ -73,9 +73,11 @@ class Encoder(nn.Module):
         self.norm = Norm(a, dtype)
         self.relative_bias = _relative_bias(a, a.num_layers)
 
-    def forward(self, x: Tensor, lengths: Sequence[int], biases: Tensor) -> Iterator[Tensor | None]:
-        for i, layer in enumerate(self.layers):
-            x = layer(x, lengths, biases[i % len(biases)])
+    def forward(
+        self, x: Tensor, lengths: Sequence[int], biases: Iterable[Tensor]
+    ) -> Iterator[Tensor | None]:
+        for layer, bias in zip(self.layers, biases):
+            x = layer(x, lengths, bias)
             yield None
         yield self.norm(x)
 

@@ -262,6 +262,7 @@ FAULTS: list[tuple[str, str, Plant, dict]] = [
     ("heads-not-divisible", "error", setting(option__tensor_parallel_degree="3",
                                              option__backend="torch"), GPU),
     ("degree-exceeds-gpus", "error", setting(option__tensor_parallel_degree="8"), GPU),
+    ("degree-exceeds-gpus", "warning", setting(option__tensor_parallel_degree="2"), CPU),
     ("dtype-not-supported", "error", setting(option__dtype="int4"), CPU),
     ("too-large-for-memory", "error", setting(option__max_rows="100000"), CPU),
     ("not-for-fastertransformer", "error", config(model_type="mt5"), WHEEL),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -54,15 +53,13 @@ def test_the_onnx_engine_holds_as_many_bytes(folder: Path) -> None:
     assert estimate.caches(work) == caches
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("handler.engines.torch_t5") is None, reason="no such engine"
-)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
 def test_the_torch_engine_holds_as_many_bytes(folder: Path, dtype: str) -> None:
+    pytest.importorskip("torch")
     from handler.engines.torch_t5 import load_part
 
     c = configuration_of(str(folder), dtype=dtype, device_id=-1)
-    model = load_part(folder, c)._model
+    model = load_part(folder, c).model
     held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
     on_gpu = dtype != "int8"  # computed in fp32 on a CPU
     estimate = Footprint(architecture(folder), "torch", dtype, on_gpu=on_gpu).weights

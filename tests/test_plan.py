@@ -89,7 +89,11 @@ def test_transformers_reads_layers_one_device_after_the_other(config: Path) -> N
         ),
         ("ml.g5.xlarge", {"backend": "onnxruntime"}, "backend onnxruntime serves no bf16 on a GPU"),
         ("ml.g5.xlarge", {"dtype": "int4", "backend": "torch"}, "torch serves no int4 on a GPU"),
-        ("ml.c7i.4xlarge", {"dtype": "fp16"}, "transformers serves no fp16 on CPUs, only fp32"),
+        (
+            "ml.c7i.4xlarge",
+            {"dtype": "fp16", "backend": "transformers"},
+            "transformers serves no fp16 on CPUs, only fp32",
+        ),
         (
             "ml.g6e.xlarge",
             {"dtype": "fp32", "backend": "transformers"},

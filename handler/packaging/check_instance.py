@@ -70,7 +70,8 @@ def room(s: Subject) -> Iterator[Finding]:
     if isinstance(c.tensor_parallel_degree, int) and c.tensor_parallel_degree > max(
         1, instance.gpus
     ):
-        yield error(
+        kind = error if instance.gpus else warning  # ranks on a CPU work, one after the other
+        yield kind(
             "degree-exceeds-gpus",
             f"option.tensor_parallel_degree={c.tensor_parallel_degree} needs as many GPUs, "
             f"{instance.name} has {instance.gpus}; lower it, or take a larger type",

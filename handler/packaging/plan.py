@@ -6,7 +6,6 @@ must be read of a GPU's memory, over its bandwidth. AWS publishes no bandwidth o
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,10 +21,10 @@ from handler.errors import LoadError
 from handler.packaging.instances import GB, GIB, INSTANCES, InstanceType
 from handler.packaging.memory import Footprint, Workload
 
-# Of each backend, on a GPU and on a CPU; the first is what auto stands for, but see _dtype.
+# What each backend computes in, on GPUs (True) and on CPUs.
 _DTYPES = {
     ("torch", True): ("bf16", "fp16", "fp32", "int8"),
-    ("torch", False): ("fp32", "bf16", "int8"),
+    ("torch", False): ("fp32", "bf16", "fp16", "int8"),
     ("transformers", True): ("bf16", "fp16", "fp32"),
     ("transformers", False): ("fp32", "bf16"),
     ("onnxruntime", False): ("fp32", "int8"),
@@ -138,10 +137,9 @@ def backend_on(instance: InstanceType, c: Configuration) -> str:
         )
     if c.backend != "auto":
         return c.backend
-    if instance.gpus:
-        ours = importlib.util.find_spec("handler.engines.torch_t5")
-        return "torch" if ours else "transformers"
-    return "transformers" if c.dtype in ("fp16", "bf16") else "onnxruntime"
+    if instance.gpus or c.dtype in ("fp16", "bf16"):
+        return "torch"
+    return "onnxruntime"
 
 
 def recommended(plans: Iterable[Plan]) -> Plan | None:

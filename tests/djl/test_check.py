@@ -23,8 +23,10 @@ def test_the_prompt_goes_through_djls_worker_code(
     with zipfile.ZipFile(jars_of(version) / f"python-{version}.jar") as jar:
         jar.extractall(tmp_path, [n for n in jar.namelist() if n.startswith("djl_python/")])
     ended = subprocess.run(
-        [sys.executable, "-m", "handler", "check", str(unpacked)]
-        + ["--serve", "--prompt", "Write 7 in words.", "--json"],
+        [
+            *(sys.executable, "-m", "handler", "check", str(unpacked)),
+            *("--serve", "--prompt", "Write 7 in words.", "--json"),
+        ],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])},
         stdout=subprocess.PIPE,
         text=True,

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from handler.cli import main
 from handler.errors import LoadError
 from handler.packaging.archive import extract
-from handler.packaging.check import CHECKS, BadArchive, check, unpacked
+from handler.packaging.check import BadArchive, check, unpacked
 from handler.packaging.findings import Finding
 from handler.packaging.images import find_image
 from handler.packaging.instances import find_instance
@@ -190,6 +190,22 @@ def useless_adapter(folder: Path) -> None:
     setting(option__merge_adapter="adapter")(folder)
 
 
+def adapter(folder: Path, width: int = 128) -> None:
+    """A LoRA of one matrix of the demo."""
+    module = "encoder.block.0.layer.0.SelfAttention.q"
+    told = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": module}
+    with_text("adapter/adapter_config.json", json.dumps(told))(folder)
+    name = f"base_model.model.{module}.lora_{{}}.weight"
+    a, b = np.ones((2, width), np.float32), np.ones((128, 2), np.float32)
+    file = folder / "adapter" / "adapter_model.safetensors"
+    save_file({name.format("A"): a, name.format("B"): b}, file)
+    setting(option__merge_adapter="adapter")(folder)
+
+
+def wider_adapter(folder: Path) -> None:
+    adapter(folder, width=130)
+
+
 def other_embedding(weights: dict) -> None:
     weights["shared.weight"] = weights["shared.weight"][:-1]
 
@@ -219,6 +235,9 @@ FAULTS: list[tuple[str, str, Plant, dict]] = [
     ("partition-mismatch", "error", lambda f: [partitioned()(f), setting(option__dtype="int8")(f)],
      {}),
     ("adapter-unusable", "error", useless_adapter, {}),
+    ("adapter-unusable", "error", setting(option__merge_adapter="adapter/"), {}),
+    ("adapter-unusable", "error", wider_adapter, {}),
+    ("entry-point-missing", "error", setting(option__entryPoint="/etc/model.py"), {}),
     ("no-entry-point", "error", lambda f: [without("model.py")(f),
                                            setting(option__entryPoint="")(f)], {}),
     ("entry-point-missing", "error", setting(option__entryPoint="serve.py"), {}),
@@ -429,6 +448,8 @@ GOOD: dict[str, tuple[Plant, dict]] = {
     "dynamic batches": (dynamic_batches, GPU),
     "the package as entry point": (setting(option__entryPoint="handler.model"), CPU),
     "partitioned": (partitioned(), CPU),
+    "an adapter": (adapter, CPU),
+    "an adapter of the hub": (setting(option__merge_adapter="me/flan-lora"), CPU),
 }
 
 
@@ -489,7 +510,3 @@ def test_exit_codes_and_one_line_each(folder: Path) -> None:
     assert failed.returncode == 1
     assert re.match(r"error: engine-unknown: engine='Java' ", failed.stdout)
     assert run(folder / "none").stderr.startswith("error: ")
-
-
-def test_checks_are_small_functions() -> None:
-    assert len({each.__name__ for each in CHECKS}) == len(CHECKS) > 20

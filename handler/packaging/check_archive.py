@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 from handler import __version__
-from handler.packaging.findings import Finding, Subject, error, warning
+from handler.packaging.findings import SERVED_FROM, Finding, Subject, error, warning
 
 _VERSION = re.compile(r"""^__version__\s*=\s*["']([^"']+)["']""", re.MULTILINE)
 _MACOS = ("._*", ".DS_Store", "__MACOSX")
@@ -40,7 +40,8 @@ def entry_point(s: Subject) -> Iterator[Finding]:
     if "://" in name or name.startswith("djl_python"):
         return
     if name.endswith(".py"):
-        file = s.folder / name.replace("/opt/ml/model/", "", 1)
+        # never joined as an absolute path, which would be one of this machine
+        file = s.folder / name.removeprefix(f"{SERVED_FROM}/").lstrip("/")
     else:
         place = s.folder.joinpath(*name.split("."))
         module, package = place.with_suffix(".py"), place / "__init__.py"

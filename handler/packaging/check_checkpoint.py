@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from handler.checkpoints.architecture import T5_FAMILY, T5Architecture
-from handler.checkpoints.find import find_adapter, model_config
-from handler.checkpoints.lora import merged
+from handler.checkpoints.find import model_config
+from handler.checkpoints.lora import MergedWeights
 from handler.checkpoints.partitioned import check_partition, read_partition
 from handler.checkpoints.read import MODEL_WEIGHTS, CheckpointWeights
 from handler.checkpoints.tensors import check_tensors
 from handler.errors import LoadError
-from handler.packaging.findings import SERVED_FROM, Finding, Subject, error, warning
+from handler.packaging.findings import (
+    SERVED_FROM,
+    Finding,
+    Subject,
+    error,
+    folder_inside,
+    warning,
+)
 from handler.tokenizer import load_tokenizer
 
 # Vocabularies are padded by at most so many ids: T5's by 28, umT5's by 84.
@@ -147,21 +153,26 @@ def adapter(s: Subject) -> Iterator[Finding]:
     c = s.configuration
     if c is None or c.merge_adapter is None or s.checkpoint is None or _is_partitioned(s):
         return
-    place = s.folder / c.merge_adapter
-    if not place.is_dir() or Path(c.merge_adapter).is_absolute():
-        return  # of the hub or S3
     try:
-        here = replace(c, model_dir=str(s.folder))
-        find_adapter(here)
+        place = folder_inside(s.folder, "merge_adapter", c.merge_adapter)
+    except LoadError as problem:
+        yield error("adapter-unusable", problem)
+        return
+    if place is None:
+        return
+    if not (place / "adapter_config.json").is_file():
+        yield error("adapter-unusable", f"{s.relative(place)} has no adapter_config.json; add it")
+        return
+    try:
         base = CheckpointWeights(s.checkpoint)
         list(base)
-        tied = (s.config or {}).get("tie_word_embeddings") is not False
-    except LoadError as problem:
-        if "adapter" in str(problem):
-            yield error("adapter-unusable", s.relative(problem))
-        return  # else the base's, and told above
+    except LoadError:  # told by weights
+        return
+    tied = (s.config or {}).get("tie_word_embeddings") is not False
     try:
-        merged(base, here, tied=tied)
+        result = MergedWeights(base, place, tied=tied)
+        for name in result.changed:
+            result.get(name, result.shape(name))
     except LoadError as problem:
         yield error("adapter-unusable", s.relative(problem))
 

@@ -84,16 +84,22 @@ def checkpoint_folder(folder: Path, c: Configuration) -> Path | None:
     """
     if c.s3url is not None:
         return None
-    place = c.model_id
-    if place is None:
-        return folder
+    return folder if c.model_id is None else folder_inside(folder, "model_id", c.model_id)
+
+
+def folder_inside(folder: Path, option: str, place: str) -> Path | None:
+    """The unpacked folder that a property names; None: a place of the hub or in S3.
+
+    Raises LoadError where it is neither.
+    """
+    inside = place
     if place == SERVED_FROM or place.startswith(f"{SERVED_FROM}/"):
-        place = place[len(SERVED_FROM) :].lstrip("/") or "."
-    if (folder / place).is_dir() and not Path(place).is_absolute():
-        return folder / place
+        inside = place[len(SERVED_FROM) :].lstrip("/") or "."
+    if (folder / inside).is_dir() and not Path(inside).is_absolute():
+        return folder / inside
     if place.startswith("s3://") or is_hub_id(place):
         return None
     raise LoadError(
-        f"option.model_id={c.model_id} is no folder of the archive, no hub id and no s3:// address;"
-        f" name a folder in it, or remove the line to serve from {SERVED_FROM}"
+        f"option.{option}={place} is no folder of the archive, no hub id and no s3:// address; "
+        f"name a folder in it, which will be in {SERVED_FROM}, or remove the line"
     )

@@ -20,6 +20,8 @@ from random_checkpoints import in_shards, write_checkpoint
 from safetensors.numpy import load_file, save_file
 
 from handler.cli import main
+from handler.cli.common import choose_model
+from handler.engines import load_model
 from handler.errors import LoadError
 from handler.packaging.archive import extract
 from handler.packaging.check import BadArchive, check, unpacked
@@ -302,6 +304,30 @@ def test_a_planted_fault_is_found(
     assert told.severity == severity
     assert "\n" not in told.message
     assert str(folder) not in told.message
+
+
+REFUSED_AT_LOAD = {
+    *("missing-weights", "damaged-index", "damaged-safetensors", "damaged-bin", "wrong-tensors"),
+    *("not-finite", "missing-config", "damaged-config", "missing-tokenizer", "damaged-tokenizer"),
+    *("partition-mismatch", "adapter-unusable", "both-s3url-and-model_id", "dtype-not-supported"),
+    *("missing-model-folder", "conflicting-properties", "unreadable-properties"),
+}
+
+
+@pytest.mark.parametrize(
+    "plant", [pytest.param(p, id=name) for name, _, p, _ in FAULTS if name in REFUSED_AT_LOAD]
+)
+def test_the_server_refuses_it_too(folder: Path, plant: Plant) -> None:
+    plant(folder)
+    with pytest.raises(LoadError):
+        load_model(choose_model(str(folder), ["device_id=-1"]).configuration)
+
+
+@pytest.mark.parametrize("name", ["as packed", "shards", "CRLF", "a subfolder", "partitioned"])
+def test_the_server_loads_what_passes(folder: Path, name: str) -> None:
+    GOOD[name][0](folder)
+    setting(option__model_id="flan" if name == "a subfolder" else "")(folder)  # not in /opt here
+    load_model(choose_model(str(folder), ["device_id=-1"]).configuration).close()
 
 
 def test_every_finding_is_planted_and_documented() -> None:

@@ -113,6 +113,12 @@ def test_a_small_disk_is_told(demo: Path) -> None:
     assert reason == "200 GB of disk are needed, it has at most 125 GB"
 
 
+def test_a_partition_tells_its_dtype(demo: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "int8"
+    main(["partition", str(demo), "-o", str(folder), "--dtype", "int8"])
+    assert planned(folder, "ml.c7i.xlarge").options["dtype"] == "int8"
+
+
 def test_old_gpus_compute_in_fp16_and_are_recommended_last(demo: Path) -> None:
     plans = plan(Wanted.of(configuration_of(str(demo))))
     assert planned(demo, "ml.g4dn.xlarge").footprint.dtype == "fp16"

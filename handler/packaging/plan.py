@@ -14,6 +14,7 @@ from typing import Any
 from handler.checkpoints import hub
 from handler.checkpoints.architecture import T5_FAMILY, T5Architecture
 from handler.checkpoints.find import model_config, read_json_object
+from handler.checkpoints.partitioned import as_partitioned
 from handler.checkpoints.read import CheckpointWeights
 from handler.checkpoints.splits import check_degree
 from handler.config import MAX_ROWS_ON_CPU, MAX_ROWS_ON_GPU, Configuration
@@ -56,6 +57,7 @@ class Wanted:
                 f"({', '.join(T5_FAMILY)}), whose sizes alone are known here"
             )
         a = T5Architecture.from_config(config)
+        c = as_partitioned(c, folder) if folder else c
         try:
             weights = CheckpointWeights(folder) if folder else None
             if weights is not None:

@@ -40,8 +40,7 @@ def draw(logits: Floats, top_k: Places, values: Doubles, numbers: Doubles) -> Pl
     [rows], from [0, 1).
     """
     temperature, top_p, _ = values
-    tokens = np.full(len(logits), -1)
-    by_share = (top_k == 0) & _on(top_p)
+    by_share = (top_k == 0) & _on(top_p)  # few, where these hold top_p of the whole
     few, best, scores = best_tokens(logits, np.where(by_share, _LIKELIEST, top_k))
     certain = np.zeros(len(logits), np.bool_)
     certain[few] = ~by_share[few]
@@ -49,14 +48,19 @@ def draw(logits: Floats, top_k: Places, values: Doubles, numbers: Doubles) -> Pl
     totals = np.zeros(len(logits))
     if len(whole):
         scaled, weights = _weights(rows_of(logits, whole), temperature[whole])
+    if by_share[few].any():
         totals[whole] = weights.sum(-1)
+        enough = np.flatnonzero(_held(scores, temperature[few]) >= (by_share * top_p * totals)[few])
+        few, best, scores = few[enough], rows_of(best, enough), rows_of(scores, enough)
+        certain[few] = True
+    tokens = np.empty(len(logits), np.intp)
     if len(few):
+        totals = totals[few] * by_share[few]
         tokens[few] = _draw_among_few(
-            best, scores, top_k[few], values[:, few], numbers[few], totals[few]
+            best, scores, top_k[few], values[:, few], numbers[few], totals
         )
-    left = np.flatnonzero(tokens[whole] < 0)
-    if len(left):
-        rest = whole[left]
+    if len(few) < len(logits):
+        rest, left = np.flatnonzero(~certain), np.flatnonzero(~certain[whole])
         scaled, weights = rows_of(scaled, left), rows_of(weights, left)
         tokens[rest] = _draw_among_all(scaled, weights, top_k[rest], values[:, rest], numbers[rest])
     return tokens
@@ -160,7 +164,7 @@ def _draw_among_few(
     numbers: Doubles,
     totals: Doubles,
 ) -> Places:
-    """A token of each row; -1 where these hold less than top_p of the totals.
+    """A token of each row.
 
     tokens, scores: [rows, n], padded; totals: as in _filtered.
     """
@@ -170,10 +174,15 @@ def _draw_among_few(
     weights = np.empty(scaled.size)
     weights[places] = ranked * kept
     place, _ = _pick(weights.reshape(scaled.shape), numbers)
-    drawn = tokens[np.arange(len(tokens)), place]
-    if totals.any():
-        drawn[ranked.cumsum(-1)[:, -1] < top_p * totals] = -1
-    return drawn
+    return tokens[np.arange(len(tokens)), place]
+
+
+def _held(scores: Floats, temperature: Doubles) -> Doubles:
+    """What these tokens of each row hold, in units of _weights; scores: [rows, n], padded."""
+    scaled = scores / temperature.astype(np.float32)[:, None]
+    scaled -= scaled.max(-1, keepdims=True)
+    held: Doubles = np.exp(scaled).cumsum(-1, dtype=np.float64)[:, -1]
+    return held
 
 
 def _weights(logits: Floats, temperature: Doubles) -> tuple[Floats, Floats]:
@@ -244,7 +253,7 @@ def _block_sums(weights: Floats) -> Doubles:
 def _keep_likeliest(weights: Floats, scores: Floats, share: float) -> None:
     """top_p of one row, in place: of equal scores the last ones stay."""
     total = float(weights.sum())
-    border, equal = _border(-scores, weights, share * total)
+    border, equal = _border(-scores, weights, share * total, total)
     weights *= scores >= -border
     weights[np.flatnonzero(scores == -border)[:-equal]] = 0.0
 
@@ -252,7 +261,8 @@ def _keep_likeliest(weights: Floats, scores: Floats, share: float) -> None:
 def _keep_typical(weights: Floats, scores: Floats, share: float) -> None:
     """typical_p of one row, [1, vocabulary], in place: equals of the last one stay."""
     keys = _untypical(weights, scores, _whole_sums)
-    border, _ = _border(keys[0], weights[0], share * float(weights.sum()))
+    total = float(weights.sum())
+    border, _ = _border(keys[0], weights[0], share * total, total)
     weights *= keys <= border
 
 
@@ -280,13 +290,14 @@ def _whole_sums(values: AnyFloats) -> AnyFloats:
     return sums
 
 
-def _border(keys: AnyFloats, weights: AnyFloats, reach: float) -> tuple[float, int]:
+def _border(keys: AnyFloats, weights: AnyFloats, reach: float, total: float) -> tuple[float, int]:
     """The key of the last element that stays, and how many of that key do.
 
-    In ascending order of key an element stays where those before it weigh less than ``reach``.
+    In ascending order of key an element stays where those before it weigh less than ``reach``;
+    all weigh ``total``.
     """
     while len(keys) > _FEW:
-        kept, lighter = _around(keys, weights, reach)
+        kept, lighter, total = _around(keys, weights, reach, total)
         if len(kept) == len(keys):  # nearly all are equal
             break
         keys, weights, reach = keys[kept], weights[kept], reach - lighter
@@ -298,20 +309,25 @@ def _border(keys: AnyFloats, weights: AnyFloats, reach: float) -> tuple[float, i
     return float(border), count - int(ordered.searchsorted(border))
 
 
-def _around(keys: AnyFloats, weights: AnyFloats, reach: float) -> tuple[Places, float]:
-    """Places of all keys in a range in which the border of ``reach`` lies, and what those of
-    smaller keys weigh."""
+def _around(
+    keys: AnyFloats, weights: AnyFloats, reach: float, total: float
+) -> tuple[Places, float, float]:
+    """Places of all keys in a range in which the border of ``reach`` lies, what those of smaller
+    keys weigh, and what these do. A sample tells where to look, exact sums whether it was there."""
     step = len(keys) // _SAMPLE
     sampled = keys[::step].argsort()
-    sums = weights[::step][sampled].astype(np.float64).cumsum()
-    at = int(sums.searchsorted(reach / float(weights.sum()) * sums[-1]))
-    low = keys[sampled[max(at - _AROUND, 0)] * step] if at > _AROUND else -np.inf
+    sums = weights[::step][sampled].cumsum(dtype=np.float64)
+    at = int(sums.searchsorted(reach / total * sums[-1]))
+    low = keys[sampled[at - _AROUND] * step] if at > _AROUND else -np.inf
     high = keys[sampled[at + _AROUND] * step] if at + _AROUND < len(sampled) else np.inf
     below = keys < low
     lighter = float((weights * below).sum())
     if lighter >= reach:
-        return np.flatnonzero(below), 0.0
+        return np.flatnonzero(below), 0.0, lighter
     inside = np.flatnonzero(~below & (keys <= high))
-    through = lighter + float(weights[inside].sum())
-    above = np.flatnonzero(keys > high) if through < reach else inside[:0]
-    return (above, through) if len(above) else (inside, lighter)
+    between = float(weights[inside].sum())
+    if lighter + between < reach:
+        above = np.flatnonzero(keys > high)
+        if len(above):
+            return above, lighter + between, total - lighter - between
+    return inside, lighter, between

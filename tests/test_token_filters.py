@@ -142,7 +142,7 @@ def test_a_whole_vocabulary_is_filtered_as_in_transformers(
     allowed = torch.isfinite(transformers_scores(logits, sampled(**p))).numpy()
     (border,) = logits[allowed].min(keepdims=True)
     shares = np.exp(logits.astype(np.float64)) * allowed
-    numbers = np.linspace(0.0, 0.9999, 300)
+    numbers = np.linspace(0.0, 0.9999, 64)
     expected = np.flatnonzero(allowed)[
         (shares[allowed].cumsum() / shares.sum()).searchsorted(numbers)
     ]
@@ -150,7 +150,7 @@ def test_a_whole_vocabulary_is_filtered_as_in_transformers(
     assert allowed[[token for token in tokens if logits[token] > border]].all()
     assert logits[tokens].min() >= border
     if not equals:
-        assert np.mean(tokens == expected) > 0.99, "all but where rounding decides"
+        assert np.mean(tokens == expected) > 0.98, "all but where rounding decides"
 
 
 @settings(deadline=None)

@@ -39,30 +39,15 @@ def draw(logits: Floats, top_k: Places, values: Doubles, numbers: Doubles) -> Pl
     logits: [rows, vocabulary]; values: temperature, top_p and typical_p, each [rows]; numbers:
     [rows], from [0, 1).
     """
-    temperature, top_p, _ = values
-    by_share = (top_k == 0) & _on(top_p)  # few, where these hold top_p of the whole
-    few, best, scores = best_tokens(logits, np.where(by_share, _LIKELIEST, top_k))
-    certain = np.zeros(len(logits), np.bool_)
-    certain[few] = ~by_share[few]
-    whole = np.flatnonzero(~certain)
-    totals = np.zeros(len(logits))
-    if len(whole):
-        scaled, weights = _weights(rows_of(logits, whole), temperature[whole])
-    if by_share[few].any():
-        totals[whole] = weights.sum(-1)
-        enough = np.flatnonzero(_held(scores, temperature[few]) >= (by_share * top_p * totals)[few])
-        few, best, scores = few[enough], rows_of(best, enough), rows_of(scores, enough)
-        certain[few] = True
+    few, best, scores = best_tokens(logits, top_k)
+    if not len(few):
+        return _draw_among_all(logits, top_k, values, numbers)
     tokens = np.empty(len(logits), np.intp)
-    if len(few):
-        totals = totals[few] * by_share[few]
-        tokens[few] = _draw_among_few(
-            best, scores, top_k[few], values[:, few], numbers[few], totals
-        )
+    scaled = scores / values[0, few].astype(np.float32)[:, None]
+    tokens[few] = _draw_among_few(best, scaled, top_k[few], values[:, few], numbers[few])
     if len(few) < len(logits):
-        rest, left = np.flatnonzero(~certain), np.flatnonzero(~certain[whole])
-        scaled, weights = rows_of(scaled, left), rows_of(weights, left)
-        tokens[rest] = _draw_among_all(scaled, weights, top_k[rest], values[:, rest], numbers[rest])
+        rest = np.setdiff1d(np.arange(len(logits)), few)
+        tokens[rest] = _draw_among_all(logits[rest], top_k[rest], values[:, rest], numbers[rest])
     return tokens
 
 
@@ -162,27 +147,53 @@ def _draw_among_few(
     top_k: Places,
     values: Doubles,
     numbers: Doubles,
-    totals: Doubles,
+    totals: Doubles | None = None,
 ) -> Places:
     """A token of each row.
 
-    tokens, scores: [rows, n], padded; totals: as in _filtered.
+    tokens, scores: [rows, n], padded, after the temperature; totals: as in _filtered.
     """
-    temperature, top_p, typical_p = values
-    scaled = (scores / temperature.astype(np.float32)[:, None]).astype(np.float64)
-    places, kept, ranked = _filtered(scaled, top_k, top_p, typical_p, totals)
-    weights = np.empty(scaled.size)
+    _, top_p, typical_p = values
+    if totals is None:
+        totals = np.zeros(len(tokens))
+    doubles = scores.astype(np.float64)
+    places, kept, ranked = _filtered(doubles, top_k, top_p, typical_p, totals)
+    weights = np.empty(doubles.size)
     weights[places] = ranked * kept
-    place, _ = _pick(weights.reshape(scaled.shape), numbers)
+    place, _ = _pick(weights.reshape(doubles.shape), numbers)
     return tokens[np.arange(len(tokens)), place]
 
 
-def _held(scores: Floats, temperature: Doubles) -> Doubles:
-    """What these tokens of each row hold, in units of _weights; scores: [rows, n], padded."""
-    scaled = scores / temperature.astype(np.float32)[:, None]
-    scaled -= scaled.max(-1, keepdims=True)
-    held: Doubles = np.exp(scaled).cumsum(-1, dtype=np.float64)[:, -1]
-    return held
+def _draw_among_all(logits: Floats, top_k: Places, values: Doubles, numbers: Doubles) -> Places:
+    """A token of each row of logits [rows, vocabulary]."""
+    temperature, top_p, _ = values
+    scores, weights = _weights(logits, temperature)
+    tokens = np.empty(len(logits), np.intp)
+    left = np.ones(len(logits), np.bool_)
+    by_share = (top_k == 0) & _on(top_p)
+    if by_share.any():
+        totals = weights.sum(-1).astype(np.float64)
+        reach = top_p * totals
+        by_share &= reach <= _LIKELIEST  # a weight is 1 at most
+        few, best, largest = best_tokens(scores, np.where(by_share, _LIKELIEST, 0))
+        held = np.exp(largest.astype(np.float64)).cumsum(-1)[:, -1] if len(few) else reach[few]
+        enough = np.flatnonzero(held >= reach[few])
+        if len(enough):
+            few, best, largest = few[enough], best[enough], largest[enough]
+            tokens[few] = _draw_among_few(
+                best, largest, top_k[few], values[:, few], numbers[few], totals[few]
+            )
+            left[few] = False
+    if left.any():
+        rest = np.flatnonzero(left)
+        tokens[rest] = _draw_widely(
+            rows_of(scores, rest),
+            rows_of(weights, rest),
+            top_k[rest],
+            values[:, rest],
+            numbers[rest],
+        )
+    return tokens
 
 
 def _weights(logits: Floats, temperature: Doubles) -> tuple[Floats, Floats]:
@@ -195,7 +206,7 @@ def _weights(logits: Floats, temperature: Doubles) -> tuple[Floats, Floats]:
     return scores, np.exp(scores)
 
 
-def _draw_among_all(
+def _draw_widely(
     scores: Floats, weights: Floats, top_k: Places, values: Doubles, numbers: Doubles
 ) -> Places:
     """A token of each row. scores, weights: [rows, vocabulary], of _weights; overwritten."""
@@ -253,7 +264,14 @@ def _block_sums(weights: Floats) -> Doubles:
 def _keep_likeliest(weights: Floats, scores: Floats, share: float) -> None:
     """top_p of one row, in place: of equal scores the last ones stay."""
     total = float(weights.sum())
-    border, equal = _border(-scores, weights, share * total, total)
+    # all that are no larger than this hold, together, no more than what is cut off
+    likely = weights > np.float32((1.0 - share) * total / len(weights) * 0.999)
+    if np.count_nonzero(likely) < len(weights) // 4:
+        candidates = np.flatnonzero(likely)
+        few = weights[candidates]
+        border, equal = _border(-scores[candidates], few, share * total, float(few.sum()))
+    else:
+        border, equal = _border(-scores, weights, share * total, total)
     weights *= scores >= -border
     weights[np.flatnonzero(scores == -border)[:-equal]] = 0.0
 

@@ -291,7 +291,7 @@ class _HandOver:
 
 def _log_probs(logits: torch.Tensor, tokens: Sequence[int]) -> list[float]:
     """Of a token for each row of logits [rows, vocabulary]."""
-    chosen = logits[range(len(tokens)), tokens] - logits.logsumexp(-1)
+    chosen = (logits[range(len(tokens)), tokens] - logits.logsumexp(-1)).clamp(max=0.0)
     return [float(number) for number in chosen.tolist()]
 
 

@@ -21,11 +21,10 @@ from handler.generation import (
     checked_text,
 )
 from handler.guided import Guides
+from handler.parameter_limits import ParameterLimits, check_limits
 from handler.parameters import (
     MAX_SEED,
     GenerationParameters,
-    ParameterLimits,
-    check_limits,
     parameters_in_use,
     parse_parameters,
 )

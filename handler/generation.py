@@ -269,6 +269,13 @@ def not_a_number() -> RequestError:
     )
 
 
+def too_few_texts(wanted: int, found: int) -> RequestError:
+    return RequestError(
+        f"parameter 'num_return_sequences' asks for {wanted} texts, of the form asked for there "
+        f"are only {found}"
+    )
+
+
 def nothing_left(count: int) -> RequestError:
     return RequestError(
         f"the parameters forbid every token after {count}: relax bad_words_list, "

@@ -11,7 +11,8 @@ import pytest
 from handler.continuation import TopToken
 from handler.errors import RequestError
 from handler.generation import GenerationRequest, GenerationResult, TokenEvent
-from handler.parameters import GenerationParameters, ParameterLimits
+from handler.parameter_limits import ParameterLimits
+from handler.parameters import GenerationParameters
 from handler.schemas import SCHEMAS
 from handler.schemas.completions import CompletionRequest
 from handler.schemas.protocol import Deployment

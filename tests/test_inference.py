@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from handler.engines import Model, init_inference
 from handler.errors import LoadError, RequestError
 from handler.generation import GenerationRequest, GenerationResult, TokenEvent
-from handler.parameters import ParameterLimits, parse_parameters
+from handler.parameter_limits import ParameterLimits
+from handler.parameters import parse_parameters
 
 PROMPTS = [
     "Write 7 in words.",

@@ -82,13 +82,6 @@ def test_too_many_texts_are_refused_before_they_are_made(model: Model) -> None:
     assert time.monotonic() - begin < 2
 
 
-def test_a_backend_that_cannot_score_says_so(demo: Path) -> None:
-    other = init_inference(str(demo), backend="transformers")
-    with pytest.raises(RequestError, match="backend transformers scores no given texts"):
-        other.score([ScoreRequest("x", ("y",))])
-    other.close()
-
-
 # Several draws
 
 

@@ -260,6 +260,11 @@ DJL_OWNED = frozenset(
 )
 
 
+def canonical_name(name: str) -> str | None:
+    """The property that ``name`` means, in any case or as an alias, or None."""
+    return _FOLDED.get(name.lower())
+
+
 def read_configuration(
     *,
     command_line: Mapping[str, Any] | None = None,
@@ -332,7 +337,7 @@ def _by_canonical_name(source: Mapping[str, Any], written_as: str) -> dict[str, 
     written: dict[str, str] = {}
     for key, value in source.items():
         bare = key.removeprefix("option.")
-        name = _FOLDED.get(bare.lower())
+        name = canonical_name(bare)
         if name is None:
             _warn_if_misspelt(bare, written_as)
             continue

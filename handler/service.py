@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -27,6 +27,7 @@ from handler.request_parsing import parse_body
 from handler.responses import Reply, StreamReply, error_reply, reply, stream_reply
 from handler.schemas import recognized, schema_before_reading
 from handler.schemas.protocol import Deployment, ParsedRequest, Schema, StreamWriter
+from handler.steps import NO_STEPS, Steps
 from handler.streaming import AsyncEvents, AsyncStream, BlockingEvents, BlockingStream, Deadline
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ _REGEX, _GRAMMAR = b"regex", b"grammar"
 _LONG_ANSWER = 5_000  # tokens
 
 _T = TypeVar("_T")
+_AnyReply = TypeVar("_AnyReply", bound="Reply | StreamReply[BlockingStream]")
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Service:
     # DJL's front doors
 
     def handle(
-        self, inputs: Input
+        self, inputs: Input, steps: Steps = NO_STEPS
     ) -> Output | Awaitable[Output | AsyncIterator[Output] | None] | None:
         """What DJLServing calls: an Output, or in async mode a coroutine that gives one, or an
         asynchronous generator of them.
@@ -128,11 +130,14 @@ class Service:
             self._load_as_told(inputs.get_properties(), in_async_mode)
             return _immediately(None) if in_async_mode else None
         if in_async_mode:
-            return self._handle_async(inputs)
+            return self._handle_async(inputs, steps)
         bodies = batched_bodies(inputs)
         if bodies is not None:
-            return to_batch_output(self.answer_batch(bodies))
-        return to_output(self.answer(body_of(inputs), Wanted(accept_of(inputs))))
+            return to_batch_output(self._answer_batch(bodies, steps))
+        body = self._before(steps, body_of(inputs))
+        if isinstance(body, Reply):
+            return to_output(body)
+        return to_output(self._after(steps, self.answer(body, Wanted(accept_of(inputs)))))
 
     def partition(self, inputs: Input) -> Output | Awaitable[Output] | None:
         """What DJL's partition command calls, in a process of its own, with all properties.
@@ -145,9 +150,8 @@ class Service:
             properties = without_djls_own(inputs.get_properties(), os.environ)
             partition_as_told(read_configuration(properties=properties, environment=os.environ))
             return None
-        refusal = error_reply(
-            schema_before_reading(self.configuration.response_schema, None),
-            RequestError("partition is not for requests; use the partition command"),
+        refusal = self._refusal(
+            RequestError("partition is not for requests; use the partition command")
         )
         return _immediately(to_async_output(refusal)) if _event_loop_runs() else to_output(refusal)
 
@@ -169,9 +173,40 @@ class Service:
                 end_job(world, error, after=_FAREWELL_SECONDS)
             raise
 
-    async def _handle_async(self, inputs: Input) -> Output | AsyncIterator[Output]:
-        answer = await self.answer_async(body_of(inputs), Wanted(accept_of(inputs)))
-        return to_async_output(answer) if isinstance(answer, Reply) else to_async_outputs(answer)
+    async def _handle_async(self, inputs: Input, steps: Steps) -> Output | AsyncIterator[Output]:
+        body = self._before(steps, body_of(inputs))
+        if isinstance(body, Reply):
+            return to_async_output(body)
+        answer = await self.answer_async(body, Wanted(accept_of(inputs)))
+        if isinstance(answer, Reply):
+            return to_async_output(self._after(steps, answer))
+        return to_async_outputs(answer)
+
+    def _answer_batch(self, bodies: Sequence[bytes], steps: Steps) -> list[Reply]:
+        prepared = [self._before(steps, body) for body in bodies]
+        answers = iter(self.answer_batch([p for p in prepared if not isinstance(p, Reply)]))
+        return [p if isinstance(p, Reply) else self._after(steps, next(answers)) for p in prepared]
+
+    def _before(self, steps: Steps, body: bytes) -> bytes | Reply:
+        """The body to answer, or the refusal of a step."""
+        try:
+            return steps.request(body)
+        except Exception as error:
+            return self._refusal(error)
+
+    def _after(self, steps: Steps, answer: _AnyReply) -> _AnyReply | Reply:
+        if not isinstance(answer, Reply) or answer.error is not None:
+            return answer
+        try:
+            return replace(answer, body=steps.answer(answer.body))
+        except Exception as error:
+            return self._refusal(error)
+
+    def _refusal(self, error: Exception) -> Reply:
+        if not isinstance(error, RequestError):
+            logger.error("a step of model.py failed", exc_info=error)
+        schema = schema_before_reading(self.configuration.response_schema, None)
+        return error_reply(schema, error)
 
     # The same without DJL
 

@@ -52,7 +52,7 @@ def choose_model(model: str | None, options: Sequence[str]) -> ModelChoice:
     environment. A folder that holds a checkpoint is not passed over for one that the environment
     names. Raises LoadError.
     """
-    command_line = dict(map(_split, options))
+    command_line = dict(map(split_option, options))
     properties: dict[str, str] = {}
     environment = dict(os.environ)
     if model is None and not _names_a_model(command_line):
@@ -70,7 +70,8 @@ def choose_model(model: str | None, options: Sequence[str]) -> ModelChoice:
     return ModelChoice(_name(configuration), configuration)
 
 
-def _split(option: str) -> tuple[str, str]:
+def split_option(option: str) -> tuple[str, str]:
+    """(name, value) of a ``--option``. Raises LoadError."""
     name, equals, value = option.partition("=")
     if not equals or not name:
         raise LoadError(f"--option {option} must be NAME=VALUE")

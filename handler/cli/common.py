@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +42,19 @@ def start_log(quiet: bool = False) -> None:
         level=logging.WARNING if quiet else logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
     )
-    for chatty in ("httpx", "huggingface_hub", "transformers"):
+    for chatty in ("botocore", "httpx", "huggingface_hub", "transformers"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def confirm(question: str, yes: bool) -> None:
+    """Asks on the terminal, unless ``yes``. Raises LoadError unless it is answered with yes."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise LoadError("there is no terminal to ask on: --yes goes on without")
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise LoadError("nothing was done")
 
 
 def choose_model(model: str | None, options: Sequence[str]) -> ModelChoice:

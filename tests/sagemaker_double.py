@@ -90,6 +90,7 @@ class Aws:
     _states: dict[str, _State] = field(default_factory=dict)
     _scaling_tags: dict[str, dict[str, str]] = field(default_factory=dict)
     _dead: bool = False
+    _clients: dict[str, Any] = field(default_factory=dict)
 
     def reset(self) -> None:
         """An empty account, but for the default bucket."""
@@ -106,7 +107,9 @@ class Aws:
         self.calls.clear()
 
     def client(self, service: str) -> Any:
-        return self.session.client(service)
+        if service not in self._clients:
+            self._clients[service] = self.session.client(service)
+        return self._clients[service]
 
     def changes(self) -> list[str]:
         """The calls that change something."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import botocore.awsrequest
 import pytest
-from sagemaker_double import BUCKET, REGION, ROLE, Aws, FakeClock, Outcome, archive_file, error
+from sagemaker_double import BUCKET, ROLE, Aws, FakeClock, Outcome, archive_file, error
 
 from handler.cli import main
 from handler.deployment import upload

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from handler.config import Configuration, read_configuration
 from handler.errors import LoadError
@@ -24,6 +25,23 @@ _VARIABLES_THAT_NAME_A_MODEL = ("HF_MODEL_ID", "OPTION_MODEL_ID", "OPTION_S3URL"
 class ModelChoice:
     name: str
     configuration: Configuration
+
+
+class CommandParser(argparse.ArgumentParser):
+    """mixed: options may also stand between positional arguments that can be left out."""
+
+    def __init__(self, *, mixed: bool = False, **told: Any) -> None:
+        super().__init__(**told)
+        self._mixed = mixed
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if not self._mixed:
+            return super().parse_known_args(args, namespace)
+        self._mixed = False  # the call below comes here again
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._mixed = True
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

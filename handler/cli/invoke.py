@@ -11,22 +11,22 @@ from handler.cli.common import start_log
 from handler.deployment.aws import find_region
 from handler.deployment.invoke import Asker, request_body, texts
 from handler.deployment.settings import checked_name
-from handler.errors import LoadError
+from handler.errors import LoadError, RequestError
 from handler.generation import checked_text
 
 
 def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "invoke",
+        mixed=True,
         help="ask a SageMaker endpoint",
         description="Ask a SageMaker endpoint, through its runtime API. A TEXT is answered with "
         "the generated text, a request in JSON with the answer as it came.",
     )
     parser.add_argument("name", metavar="NAME", help="of the endpoint")
-    request = parser.add_mutually_exclusive_group(required=True)
-    request.add_argument("text", nargs="?", metavar="TEXT", help="a prompt")
-    request.add_argument("--json", metavar="REQUEST", help='as {"inputs": "...", "parameters": {}}')
-    request.add_argument(
+    parser.add_argument("text", nargs="?", metavar="TEXT", help="a prompt")
+    parser.add_argument("--json", metavar="REQUEST", help='as {"inputs": "...", "parameters": {}}')
+    parser.add_argument(
         "--file", type=Path, metavar="FILE", help="a request in a file; - for standard input"
     )
     parser.add_argument("--stream", action="store_true", help="print tokens as they come")
@@ -42,6 +42,8 @@ def add_to(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print the answer. Raises LoadError, RequestError."""
     start_log(quiet=True)
+    if sum(each is not None for each in (arguments.text, arguments.json, arguments.file)) != 1:
+        raise RequestError("invoke takes one of TEXT, --json and --file")
     name = checked_name(arguments.name, "NAME")
     text = None if arguments.text is None else checked_text(arguments.text, "TEXT")
     body = request_body(text, arguments.json, _content(arguments.file), arguments.stream)

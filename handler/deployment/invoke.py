@@ -27,7 +27,8 @@ class Asker:
         from botocore import UNSIGNED
         from botocore.config import Config
 
-        config = Config(read_timeout=_READ_SECONDS, retries={"mode": "standard"})
+        # never twice: an endpoint that is too slow would generate the same text again
+        config = Config(read_timeout=_READ_SECONDS, retries={"total_max_attempts": 1})
         if endpoint_url and endpoint_url.startswith("http://"):
             config = config.merge(Config(signature_version=UNSIGNED))
         try:

@@ -38,9 +38,13 @@ class Killed(BaseException):
 
 @dataclass
 class Outcome:
-    """What becomes of an endpoint that is created or updated, after so many looks at it."""
+    """What becomes of an endpoint that is created or updated, after so many looks at it.
+
+    unseen: the first looks still find what was before.
+    """
 
     looks: int = 1
+    unseen: int = 0
     status: str = "InService"
     reason: str = ""
 
@@ -159,6 +163,9 @@ class Aws:
     def _show_status(self, parsed: dict[str, Any]) -> None:
         state = self._states.get(parsed["EndpointName"])
         if state is None:
+            return
+        if state.outcome.unseen > 0:
+            state.outcome.unseen -= 1
             return
         if state.outcome.looks > 0:
             state.outcome.looks -= 1

@@ -59,7 +59,8 @@ def test_can_be_added_and_changed_without_an_update(cloud: Aws, command: list[st
 def test_is_never_lost_silently_in_an_update(cloud: Aws, command: list[str]) -> None:
     main([*command, "--autoscale", "2:4"])
     said = error([*command, *OTHER_TYPE])
-    assert "endpoint t5 scales from 2 to 4 instances: say --autoscale 2:4 to keep that, or" in said
+    assert "endpoint t5 scales itself: say --autoscale 2:4 to keep that, or off" in said
+    assert cloud.changes()[-1] == "application-autoscaling.PutScalingPolicy", "of the first deploy"
     assert target(cloud) == (2, 4)
     main([*command, *OTHER_TYPE, "--autoscale", "2:4"])
     assert target(cloud) == (2, 4)

@@ -107,12 +107,16 @@ def test_other_ages(text: str) -> None:
         parsed_age(text)
 
 
-def test_the_last_lines_of_the_newest_streams(cloud: Aws, group: str, now: int) -> None:
-    write(cloud, "AllTraffic/i-1", now - 9000, "before")
+def test_the_last_lines_of_the_instances_that_started_since(
+    cloud: Aws, group: str, now: int
+) -> None:
+    write(cloud, "AllTraffic/i-0", now - 9000, "before")
+    write(cloud, "AllTraffic/i-0", now + 60, "it goes on")
     write(cloud, "AllTraffic/i-1", now + 1, *(f"line{n}" for n in range(30)))
     write(cloud, "AllTraffic/i-2", now + 50, "other")
     lines = last_lines(Services(REGION), "t5", now, 4)
     assert [line.rpartition(" ")[2] for line in lines] == ["line27", "line28", "line29", "other"]
+    assert last_lines(Services(REGION), "t5", now + 55, 4)[0].endswith("it goes on")
     assert last_lines(Services(REGION), "t5", now + 10_000, 4) == ["(nothing)"]
 
 

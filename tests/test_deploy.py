@@ -402,6 +402,33 @@ def test_what_was_just_made_may_not_be_seen_yet(
     assert clock.pauses[:2] == [2, 4]
 
 
+def test_what_sagemaker_tells_may_be_of_before_the_update(cloud: Aws, command: list[str]) -> None:
+    """The first looks after the call still find the old one in service."""
+    main(command)
+    cloud.outcomes = [Outcome(unseen=2)]
+    main([*command, "--env", "A=b", "--update"])
+    assert model_of(cloud)["PrimaryContainer"]["Environment"] == {"A": "b"}
+
+
+def test_somebody_who_makes_the_endpoint_at_the_same_time(cloud: Aws, command: list[str]) -> None:
+    taken = (INVALID, "Cannot create already existing endpoint")
+    cloud.refusals = {"sagemaker.CreateEndpoint": [taken] * 99}
+    assert "endpoint t5 is changed by somebody else, too" in error(command)
+
+
+def test_ctrl_c_says_how_to_go_on(
+    cloud: Aws, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    cloud.on_call = {"sagemaker.CreateEndpoint": interrupt}
+    with pytest.raises(SystemExit) as caught:
+        main(command)
+    assert caught.value.code == 130
+    assert "the same command goes on, delete t5 gives up" in capsys.readouterr().err
+
+
 def test_throttled_calls_are_made_again(
     cloud: Aws, command: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,10 +13,12 @@ import pytest
 from botocore.validate import ParamValidator
 from hypothesis import given
 from hypothesis import strategies as st
+from moto import mock_aws
 from sagemaker_double import ROLE, archive_file, error
 
 from handler.cli import main
 from handler.deployment import autoscaling, plan
+from handler.deployment.aws import Services, role_of_notebook
 from handler.deployment.plan import Archive, Autoscale, Call, Deployment
 from handler.deployment.settings import checked_name, find_ami, find_role
 from handler.errors import LoadError
@@ -186,6 +188,26 @@ def test_where_the_role_comes_from(tmp_path: Path) -> None:
         notebook.write_text(content)
         with pytest.raises(LoadError, match="give --role ARN or set SAGEMAKER_ROLE"):
             find_role(None, {}, notebook)
+
+
+def test_a_notebook_instance_is_asked_for_its_role(tmp_path: Path) -> None:
+    notebook = tmp_path / "metadata.json"
+    notebook.write_text(json.dumps({"ResourceName": "mine"}))
+    with mock_aws():
+        sagemaker = boto3.client("sagemaker", region_name="us-east-1")
+        sagemaker.create_notebook_instance(
+            NotebookInstanceName="mine", InstanceType="ml.t2.medium", RoleArn=ROLE
+        )
+
+        def ask(name: str) -> str:
+            return role_of_notebook(Services("us-east-1"), name)
+
+        assert find_role(None, {}, notebook, ask) == ROLE
+        notebook.write_text(json.dumps({"ResourceName": "other"}))
+        with pytest.raises(LoadError, match="role of the notebook other: DescribeNotebook"):
+            find_role(None, {}, notebook, ask)
+    with pytest.raises(LoadError, match="give --role ARN"):
+        find_role(None, {}, notebook)  # as for --dry-run
 
 
 # Requests

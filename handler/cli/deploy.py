@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from handler.cli.common import confirm, start_log
 from handler.deployment import autoscaling
-from handler.deployment.aws import Services, find_region
+from handler.deployment.aws import Services, find_region, role_of_notebook
 from handler.deployment.plan import TIMEOUTS, VOLUMES, Deployment
 from handler.deployment.runner import account_of, default_bucket, deploy
 from handler.deployment.settings import (
@@ -125,7 +126,12 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.yes,
     )
     services = Services(deployment.region)
-    deploy(services, deployment, update=arguments.update, wait=arguments.wait)
+    try:
+        deploy(services, deployment, update=arguments.update, wait=arguments.wait)
+    except KeyboardInterrupt:
+        name = deployment.name
+        print(f"cut off: the same command goes on, delete {name} gives up", file=sys.stderr)
+        raise
     if not arguments.wait:
         print(f"endpoint {deployment.name} is on its way; the same command without --no-wait waits")
 
@@ -146,7 +152,9 @@ def deployment_of(arguments: argparse.Namespace) -> Deployment:
         default = default_target(instances[0], environment)
         autoscale = parsed_autoscale(a.autoscale, a.autoscale_target, default)
     name = checked_name(a.name, "--name")
-    region, role = find_region(a.region), find_role(a.role, os.environ)
+    region = find_region(a.region)
+    ask = None if a.dry_run else lambda name: role_of_notebook(Services(region), name)
+    role = find_role(a.role, os.environ, role_of_instance=ask)
     image = find_image_uri(a.image, region, instances)
     return Deployment(
         name=name,

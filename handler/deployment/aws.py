@@ -69,6 +69,13 @@ def find_region(given: str | None) -> str:
     return region
 
 
+def role_of_notebook(services: Services, name: str) -> str:
+    """Of a notebook instance. Raises LoadError."""
+    with told_as_load_errors(f"role of the notebook {name}"):
+        answer = services["sagemaker"].describe_notebook_instance(NotebookInstanceName=name)
+    return str(answer["RoleArn"])
+
+
 def error_code(error: Exception) -> str:
     """S3's, SageMaker's ... code of a refused call; "" for another exception."""
     response = getattr(error, "response", None) or {}

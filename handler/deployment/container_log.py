@@ -15,7 +15,8 @@ logger = logging.getLogger(__name__)
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _FOLLOW_SECONDS = 2.0
-_STREAMS = 3  # the newest, that hold the last lines
+_NEWEST = 10  # streams that are looked at for the last lines, and how many are read
+_STREAMS = 3
 # Lines may come that much later than younger ones of another instance.
 _LATE_MS = 30_000
 
@@ -64,16 +65,18 @@ def follow(services: Services, name: str, since_ms: int, clock: Clock) -> Iterat
 
 
 def last_lines(services: Services, name: str, since_ms: int, count: int) -> list[str]:
-    """The last of them, oldest first; the streams of a few instances together.
+    """The last of them, oldest first, of a few instances together: of those that started since.
 
     Never an error: it is asked for when something else went wrong, which is to be told.
     """
     try:
         streams = services["logs"].describe_log_streams(
-            logGroupName=group(name), orderBy="LastEventTime", descending=True, limit=_STREAMS
+            logGroupName=group(name), orderBy="LastEventTime", descending=True, limit=_NEWEST
         )["logStreams"]
+        # in an update, those that served before go on writing
+        new = [each for each in streams if each.get("firstEventTimestamp", 0) >= since_ms]
         events = []
-        for stream in streams:
+        for stream in (new or streams)[:_STREAMS]:
             answer = services["logs"].get_log_events(
                 logGroupName=group(name),
                 logStreamName=stream["logStreamName"],

@@ -7,6 +7,7 @@ goes on when it is started again.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,8 @@ _FIRST_WAIT = 60.0
 # SageMaker's calls may not see for some seconds what was made by the call before.
 _SIGHT_ATTEMPTS = 5
 _SIGHT_WAIT = 1.0
+_PUT_ATTEMPTS = 10
+_CLOCKS_DIFFER = 60.0
 _LOG_LINES = 20
 
 
@@ -143,54 +146,54 @@ class _Run:
                 "EndpointConfigArn"
             ],
         )
+        began = time.time() - _CLOCKS_DIFFER
         self._put(instance)
         if wait:
-            self._wait(instance)
+            self._wait(instance, began)
 
     def _put(self, instance: InstanceType) -> None:
         """The endpoint has this instance type's configuration, or is about to."""
         from botocore.exceptions import ClientError
 
-        d = self._deployment
-        while True:
-            description = self._endpoint.describe()
+        for _ in range(_PUT_ATTEMPTS):
             try:
-                if description is None:
-                    self._execute(d.create_endpoint(instance))
-                    return
-                self._check_ours(description)
-                if self._has(description, instance):
-                    return
-                if is_changing(description):
-                    self._endpoint.settled(d.seconds_to_wait)
-                elif description["EndpointStatus"] == "Failed":
-                    logger.info("endpoint %s has failed before, making it anew", d.name)
-                    self._endpoint.delete(d.seconds_to_wait)
-                else:
-                    self._change(description, instance)
+                if self._put_once(instance):
                     return
             except ClientError as error:
                 if not _exists_already(error):
                     raise _refusal(error, instance) from error
+                self._clock.sleep(_SIGHT_WAIT)
+        raise LoadError(f"endpoint {self._deployment.name} is changed by somebody else, too")
 
-    def _change(self, description: Description, instance: InstanceType) -> None:
-        self._check_update(description)
+    def _put_once(self, instance: InstanceType) -> bool:
+        """False: something was in the way, and is not any more."""
         d = self._deployment
-        variants = [v["VariantName"] for v in description.get("ProductionVariants", ())]
+        description = self._endpoint.describe()
+        if description is None:
+            self._execute(d.create_endpoint(instance))
+            return True
+        self._check_ours(description)
+        if self._has(description, instance):
+            return True
+        if is_changing(description):
+            self._endpoint.settled(d.seconds_to_wait)
+            return False
+        if description["EndpointStatus"] == "Failed":
+            logger.info("endpoint %s has failed before, making it anew", d.name)
+            self._endpoint.delete(d.seconds_to_wait)
+            return False
+        self._check_update(description)
         # SageMaker does not change the instance type of what is scaled: it is set up again later
         for target in self._targets():
-            if not (d.autoscale or d.fixed_size):
-                raise LoadError(
-                    f"endpoint {d.name} scales from {target['MinCapacity']} to "
-                    f"{target['MaxCapacity']} instances: say --autoscale "
-                    f"{target['MinCapacity']}:{target['MaxCapacity']} to keep that, or off"
-                )
             autoscaling.remove(self._services, target)
+        variants = [v["VariantName"] for v in description.get("ProductionVariants", ())]
         self._execute(d.update_endpoint(instance, keep_instances=variants == [d.variant]))
+        return True
 
-    def _wait(self, instance: InstanceType) -> None:
+    def _wait(self, instance: InstanceType, began: float) -> None:
+        """Until it serves on this type. began: seconds after 1970."""
         d = self._deployment
-        description = self._endpoint.settled(d.seconds_to_wait)
+        description = self._seen(instance)
         if description is None:
             raise LoadError(f"endpoint {d.name} was deleted meanwhile")
         if self._has(description, instance):
@@ -199,13 +202,26 @@ class _Run:
         reason = description.get("FailureReason") or f"it is {description['EndpointStatus']}"
         if lacks_capacity(reason):
             raise NotNow(f"no {instance.name} is to be had now: {reason}")
-        since = int(description["LastModifiedTime"].timestamp() * 1000)
-        began = int(description["CreationTime"].timestamp() * 1000)
-        since = began if description["EndpointStatus"] == "Failed" else since
+        if description["EndpointStatus"] == "Failed":  # by AWS's own clock
+            began = description["CreationTime"].timestamp()
         logger.error("the last lines of the container's log:")
-        for line in container_log.last_lines(self._services, d.name, since, _LOG_LINES):
+        since_ms = int(began * 1000)
+        for line in container_log.last_lines(self._services, d.name, since_ms, _LOG_LINES):
             logger.error("  %s", line)
         raise LoadError(f"endpoint {d.name} has failed: {reason}")
+
+    def _seen(self, instance: InstanceType) -> Description | None:
+        """What became of it; for a while SageMaker may still tell what was before the call."""
+        for attempt in range(1, _SIGHT_ATTEMPTS + 1):
+            description = self._endpoint.settled(self._deployment.seconds_to_wait)
+            if description is not None and (
+                self._has(description, instance)
+                or description["EndpointStatus"] != "InService"
+                or description.get("FailureReason")
+            ):
+                break
+            self._clock.sleep(_SIGHT_WAIT * 2**attempt)
+        return description
 
     # What is there
 
@@ -246,6 +262,11 @@ class _Run:
             raise LoadError(
                 f"endpoint {d.name} is {description['EndpointStatus']} with another model, image "
                 "or settings: --update changes it while it serves, or choose another --name"
+            )
+        for target in () if d.autoscale or d.fixed_size else self._targets():
+            range_ = f"{target['MinCapacity']}:{target['MaxCapacity']}"
+            raise LoadError(
+                f"endpoint {d.name} scales itself: say --autoscale {range_} to keep that, or off"
             )
 
     # Calls

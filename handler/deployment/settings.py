@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,18 @@ def checked_number(value: int | None, allowed: range, argument: str, unit: str) 
     return value
 
 
-def find_role(given: str | None, environment: Mapping[str, str], notebook: Path = NOTEBOOK) -> str:
+def find_role(
+    given: str | None,
+    environment: Mapping[str, str],
+    notebook: Path = NOTEBOOK,
+    role_of_instance: Callable[[str], str] | None = None,
+) -> str:
     """The role that the container runs as: given, SAGEMAKER_ROLE's, or that of the notebook.
 
-    Raises LoadError.
+    role_of_instance: asks AWS for the role of a notebook instance, which only knows its name. In
+    Studio it is on disk. Raises LoadError.
     """
-    role = given or environment.get("SAGEMAKER_ROLE") or _notebooks_role(notebook)
+    role = given or environment.get("SAGEMAKER_ROLE") or _notebooks_role(notebook, role_of_instance)
     if not role:
         raise LoadError(
             "no role for SageMaker to run the container with: give --role ARN or set "
@@ -63,11 +69,14 @@ def find_role(given: str | None, environment: Mapping[str, str], notebook: Path 
     return role
 
 
-def _notebooks_role(file: Path) -> str | None:
+def _notebooks_role(file: Path, role_of_instance: Callable[[str], str] | None) -> str | None:
     try:
-        role = json.loads(file.read_text(encoding="utf-8")).get("ExecutionRoleArn")
+        metadata = json.loads(file.read_text(encoding="utf-8"))
+        role, name = metadata.get("ExecutionRoleArn"), metadata.get("ResourceName")
     except (OSError, ValueError, AttributeError):
         return None
+    if not role and name and "DomainId" not in metadata and role_of_instance:
+        role = role_of_instance(str(name))
     return str(role) if role else None
 
 

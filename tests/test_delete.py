@@ -207,7 +207,13 @@ class Scenario:
         )
 
 
-@pytest.fixture(params=["new", "the second type", "update"])
+@pytest.fixture(
+    params=[
+        "new",
+        pytest.param("the second type", marks=pytest.mark.long),
+        pytest.param("update", marks=pytest.mark.long),
+    ]
+)
 def scenario(request: pytest.FixtureRequest, cloud: Aws, tmp_path: Path) -> Scenario:
     first = Deployment(
         name="t5",

@@ -58,10 +58,11 @@ class _State:
 
 @dataclass
 class Fault:
-    """At call number ``at`` (from 0): before it is made, or when it has been answered."""
+    """When call number ``at`` (from 0) has been answered; of all, or of those that change
+    something."""
 
     at: int
-    before: bool
+    of_changes: bool = False
 
 
 class FakeClock:
@@ -141,7 +142,8 @@ class Aws:
 
     def before(self, model: Any, params: dict[str, Any], **_: Any) -> Any:
         name = f"{model.service_model.service_name}.{model.name}"
-        self._die_if(before=True)
+        if self._dead:
+            raise Killed
         self.calls.append(name)
         self.on_call.get(name, lambda: None)()
         if self.refusals.get(name):
@@ -152,11 +154,9 @@ class Aws:
     def after(self, model: Any, parsed: dict[str, Any], **_: Any) -> None:
         if model.name == "DescribeEndpoint" and "EndpointName" in parsed:
             self._show_status(parsed)
-        self._die_if(before=False)
-
-    def _die_if(self, before: bool) -> None:
-        if self.fault is not None and self.fault.before is before:
-            self._dead |= len(self.calls) == self.fault.at + (not before)
+        if self.fault is not None:
+            calls = self.changes() if self.fault.of_changes else self.calls
+            self._dead |= len(calls) == self.fault.at + 1
         if self._dead:
             raise Killed
 

@@ -25,6 +25,8 @@ SHAPES = {
     "small": {"d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_heads": 6},
     "base": {"d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_heads": 12},
     "large": {"d_model": 1024, "d_kv": 64, "d_ff": 2816, "num_layers": 24, "num_heads": 16},
+    "xl": {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_heads": 32},
+    "xxl": {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64},
 }
 CACHE = Path(__file__).resolve().parents[1] / "build" / "bench"
 FIRST_WORD, TOKENS, VOCABULARY = 3, 32100, 32128
@@ -48,13 +50,13 @@ def checkpoint(shape: str, cache: Path = CACHE) -> Path:
 
 def write(folder: Path, shape: str, seed: int = 0) -> None:
     """config.json, model.safetensors and tokenizer.json."""
-    config = _config(shape)
+    config = config_of(shape)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     (folder / "tokenizer.json").write_text(json.dumps(_tokenizer()))
     save_file(_weights(config, seed), folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _config(shape: str) -> dict[str, Any]:
+def config_of(shape: str) -> dict[str, Any]:
     return {
         "architectures": ["T5ForConditionalGeneration"],
         "model_type": "t5",

@@ -175,7 +175,7 @@ class Configuration:
         _dtype,
         "Number format of the weights. auto: bf16 on GPUs of compute capability 8.0 and up, fp16 "
         "on older ones, fp32 on CPUs and on the fastertransformer wheel. int8 quantizes the "
-        "weights (CPUs); int4 is not in this version.",
+        "weights; int4 is not in this version.",
         example="bf16",
         aliases=("quantize",),
     )

@@ -178,6 +178,11 @@ class Model:
         """See Runner."""
         self._runner.run_submitted()
 
+    def when_ended(self, action: Callable[[str], None]) -> None:
+        """Call this with the reason, from any thread, should the engine be unable to go on; what
+        was asked of it has been answered so then."""
+        self._runner.when_ended(action)
+
     def close(self) -> None:
         """Finish what runs, refuse what waits, free the engine."""
         self._runner.close()

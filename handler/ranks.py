@@ -98,7 +98,12 @@ def end_job(world: World, error: BaseException, after: float = 0.0) -> None:
 
     The others may wait for this rank inside a call that nothing interrupts.
     """
-    logger.critical("rank %d of %d failed and ends the job: %s", world.rank, world.size, error)
+    end_process(f"rank {world.rank} of {world.size} failed and ends the job: {error}", after)
+
+
+def end_process(reason: str, after: float) -> None:
+    """End this process ``after`` seconds, whatever its threads wait for."""
+    logger.critical("%s", reason)
     for handler in logging.getLogger().handlers:
         handler.flush()
     if after:

@@ -8,7 +8,7 @@ import os
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from handler.errors import RequestError, as_request_error
@@ -51,6 +51,8 @@ class Runner(ABC):
         self.quality_warning = engine.quality_warning
         self._waiting = WaitingPrompts(max_queue)
         self._process = os.getpid()
+        self._ended: str | None = None
+        self._when_ended: Callable[[str], None] = lambda reason: None
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
         _running.add(self)
 
@@ -113,6 +115,21 @@ class Runner(ABC):
                 generation.future.cancel()
             self._thread.join(_GOODBYE_SECONDS)
 
+    def end(self, reason: str) -> None:
+        """The engine cannot go on: everybody is told so, now and later."""
+        self._ended = reason
+        failure = RequestError(f"the engine failed: {reason}", 424)
+        self._waiting.close(refuse=False)
+        for generation in (*self._waiting.remove_all(), *self._in_progress()):
+            generation.fail(failure)
+        self._when_ended(reason)
+
+    def when_ended(self, action: Callable[[str], None]) -> None:
+        """Call this, once, with the reason, should the engine be unable to go on."""
+        self._when_ended = action
+        if self._ended is not None:
+            action(self._ended)
+
     def _check_process(self) -> None:
         """Threads stay behind at a fork, and so do the locks that they hold."""
         if os.getpid() != self._process:
@@ -121,6 +138,8 @@ class Runner(ABC):
                 "after the fork",
                 503,
             )
+        if self._ended is not None:
+            raise RequestError(f"the engine failed: {self._ended}; it must be started again", 503)
 
     def _serve(self) -> None:
         """The thread. Whatever fails, everybody is answered and the next ones are served."""

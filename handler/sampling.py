@@ -9,8 +9,10 @@ contiguous rows of one fixed length, or one element after the other where rows a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from copy import copy
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +20,7 @@ import numpy.typing as npt
 from handler.guided import Guide
 from handler.history import History
 from handler.parameters import GenerationParameters, random_seed
-from handler.token_filters import best_tokens, draw_among_all, draw_among_few, keep
+from handler.token_filters import draw, keep, rows_of
 
 Floats = npt.NDArray[np.float32]
 Places = npt.NDArray[np.int64]
@@ -32,6 +34,8 @@ class RowSampling:
 
     start_token: what the decoder reads first, which transformers' penalties count as generated.
     bad_words: sequences of ids that are never completed. guide: the form that the text must have.
+    log_probs: whether its tokens' log-probabilities are wanted, which take an exponential of every
+    logit.
     """
 
     def __init__(
@@ -40,8 +44,15 @@ class RowSampling:
         start_token: int = 0,
         bad_words: Sequence[Sequence[int]] = (),
         guide: Guide | None = None,
+        *,
+        log_probs: bool = True,
     ) -> None:
         p = self.parameters = parameters
+        self.samples = p.samples
+        self.filters = p.top_k, p.temperature, p.top_p, p.typical_p
+        # the step from which on the text may end
+        self.may_end = math.inf if p.ignore_eos_token else p.min_new_tokens
+        self.log_probs = log_probs
         self.seed = random_seed() if p.seed is None else p.seed
         self.penalizes = (
             p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
@@ -68,10 +79,6 @@ class RowSampling:
         other.guide = self.guide and self.guide.fork()
         return other
 
-    def ends_not_yet(self, step: int) -> bool:
-        """Whether the end of the text must not be chosen at this step."""
-        return self.parameters.ignore_eos_token or step < self.parameters.min_new_tokens
-
     def uniform(self, step: int) -> float:
         """A number from [0, 1) that the seed and the step decide."""
         part, place = divmod(step, _NUMBERS)
@@ -87,52 +94,69 @@ def choose_tokens(
     steps: Sequence[int],
     eos_token_id: int,
     tokens_in_use: int | None = None,
-) -> tuple[list[int], list[float]]:
+) -> tuple[list[int], list[float | None]]:
     """The next token of each row and its log-probability before any penalty or filter.
 
     logits: [rows, vocabulary], overwritten; steps: how many tokens each row has generated;
     tokens_in_use: ids from here on are the vocabulary's padding. Each row is told its token. A
     log-probability of NaN says that the row's logits were no numbers, one of -inf that its
-    parameters forbid every token.
+    parameters forbid every token; None is one that the row does not want.
     """
     logits = np.ascontiguousarray(logits)
-    tokens = logits.argmax(-1)
+    in_use = logits.shape[-1] if tokens_in_use is None else tokens_in_use
     every = np.arange(len(rows))
+    tokens = logits.argmax(-1)
     best = logits[every, tokens]
-    padding = logits[:, len(logits[0]) if tokens_in_use is None else tokens_in_use :]
+    padding = logits[:, in_use:]
     hidden = padding.copy()
     padding[:] = -np.inf
-    for row in np.flatnonzero(tokens >= len(logits[0]) - len(hidden[0])).tolist():
+    for row in np.flatnonzero(tokens >= in_use).tolist():
         tokens[row] = logits[row].argmax()
     allowed = logits[every, tokens]
     changes = process(logits, rows, steps, eos_token_id)
-    for row in changes.rows:
-        tokens[row] = logits[row].argmax()
-        allowed[row] = logits[row, tokens[row]]
-    drawing = [
-        row
-        for row, possible in enumerate(np.isfinite(allowed).tolist())
-        if possible and rows[row].parameters.samples
-    ]
+    if changes.rows:
+        for row in {*np.flatnonzero(logits[every, tokens] != allowed).tolist(), *changes.raised}:
+            tokens[row] = logits[row].argmax()
+        allowed = logits[every, tokens]
+    possible = np.isfinite(allowed).tolist()
+    drawing = [row for row, sampling in enumerate(rows) if sampling.samples and possible[row]]
     if drawing:
         tokens[drawing] = _draw(logits, rows, steps, drawing)
-    changes.undo(logits)
-    padding[:] = hidden
-    chosen = logits[every, tokens].astype(np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):  # logits that are no numbers
-        log_probs = np.minimum(chosen - _log_sums(logits, best), 0.0)
-    log_probs[(allowed == -np.inf) & np.isfinite(best)] = -np.inf
+    log_probs = np.zeros(len(rows))
+    telling = [row for row, sampling in enumerate(rows) if sampling.log_probs]
+    if telling:
+        changes.undo(logits)
+        padding[:] = hidden
+        wanted = rows_of(logits, telling)  # overwritten: of no further use
+        log_probs[telling] = _log_probs(wanted, tokens[telling], best[telling])
+    log_probs[allowed == -np.inf] = -np.inf
+    log_probs[~np.isfinite(best)] = np.nan
     picked: list[int] = tokens.tolist()
     for sampling, token in zip(rows, picked):
         sampling.append(token)
-    return picked, log_probs.tolist()
+    told = zip(rows, log_probs.tolist())
+    return picked, [
+        p if sampling.log_probs or not math.isfinite(p) else None for sampling, p in told
+    ]
+
+
+class HostSampler:
+    """See Sampler: for logits that are numpy's."""
+
+    choose_tokens = staticmethod(choose_tokens)
+
+    def on_host(self, logits: Floats) -> Floats:
+        return logits
 
 
 class Changes:
-    """Which rows' scores were changed, and what stood there before."""
+    """Which rows' scores were changed, in which some became larger, and what stood there before."""
 
-    def __init__(self, rows: Sequence[int], places: Places, before: Floats) -> None:
+    def __init__(
+        self, rows: Sequence[int], raised: Sequence[int], places: Places, before: Floats
+    ) -> None:
         self.rows = rows
+        self.raised = raised
         self._places = places
         self._before = before
 
@@ -140,20 +164,32 @@ class Changes:
         scores.reshape(-1)[self._places] = self._before
 
 
-def process(
-    scores: Floats, rows: Sequence[RowSampling], steps: Sequence[int], eos_token_id: int
-) -> Changes:
-    """Penalties, n-grams, bad words, the least length and the text's form, in place, in
-    transformers' order.
+_NO_CHANGES = Changes([], [], np.zeros(0, np.int64), np.zeros(0, np.float32))
 
-    scores: contiguous [rows, vocabulary], logits or, for beams, log-probabilities.
+
+class Planned(NamedTuple):
+    """What penalties, n-grams, bad words, the least length and the text's form change.
+
+    rows: whose scores. penalized, banned: places in the flat scores, which come in this order;
+    counts [penalized], penalties [penalized, 3]: see ``_penalized``.
     """
-    size = scores.shape[-1]
-    ending = [row for row, step in enumerate(steps) if rows[row].ends_not_yet(step)]
+
+    rows: Sequence[int]
+    penalized: Places
+    counts: Floats
+    penalties: Floats
+    banned: Places
+
+
+def planned(
+    rows: Sequence[RowSampling], steps: Sequence[int], eos_token_id: int, size: int
+) -> Planned | None:
+    """Of scores [rows, size], in transformers' order; None: nothing."""
+    ending = [row for row, step in enumerate(steps) if step < rows[row].may_end]
     remembering = [row for row, sampling in enumerate(rows) if sampling.history is not None]
     guided = [row for row, sampling in enumerate(rows) if sampling.guide is not None]
     if not ending and not remembering and not guided:
-        return Changes([], np.zeros(0, np.int64), np.zeros(0, np.float32))
+        return None
     forbidden = [row * size + eos_token_id for row in ending]
     parts = []
     for row in remembering:
@@ -169,14 +205,31 @@ def process(
         other[guide.allowed()] = False
         parts.append(np.flatnonzero(other) + row * size)
     banned = np.concatenate([np.array(forbidden, np.int64), *parts])
-    penalized, counts, penalties = _penalties(rows, remembering, size)
-    places = np.concatenate([penalized, banned])
+    return Planned([*ending, *remembering, *guided], *_penalties(rows, remembering, size), banned)
+
+
+def process(
+    scores: Floats, rows: Sequence[RowSampling], steps: Sequence[int], eos_token_id: int
+) -> Changes:
+    """Make the planned changes in place.
+
+    scores: contiguous [rows, vocabulary], logits or, for beams, log-probabilities.
+    """
+    size = scores.shape[-1]
+    plan = planned(rows, steps, eos_token_id, size)
+    if plan is None:
+        return _NO_CHANGES
+    penalized = plan.penalized
+    places = np.concatenate([penalized, plan.banned])
     flat = scores.reshape(-1)
     before = flat[places]
+    raised: list[int] = []
     if len(penalized):
-        flat[penalized] = _penalized(before[: len(penalized)], counts, penalties)
-    flat[banned] = -np.inf
-    return Changes(sorted({*ending, *remembering, *guided}), places, before)
+        old = before[: len(penalized)]
+        flat[penalized] = new = _penalized(old, plan.counts, plan.penalties)
+        raised = (penalized[new > old] // size).tolist()
+    flat[plan.banned] = -np.inf
+    return Changes(plan.rows, raised, places, before)
 
 
 def warp(scores: Floats, rows: Sequence[RowSampling]) -> Floats:
@@ -185,7 +238,7 @@ def warp(scores: Floats, rows: Sequence[RowSampling]) -> Floats:
     What is filtered out is -inf. As in transformers, at least two tokens of a beam stay: one of
     them may be the end of the text.
     """
-    top_k, values = _filters(rows)
+    top_k, values = filters_of(rows)
     warped: Floats = scores / values[0].astype(np.float32)[:, None]
     if top_k.any() or values[1:].any():
         warped[~keep(warped.astype(np.float64), top_k, values[1], values[2], least=2)] = -np.inf
@@ -238,31 +291,25 @@ def _draw(
     logits: Floats, rows: Sequence[RowSampling], steps: Sequence[int], drawing: Sequence[int]
 ) -> Places:
     """One token for each of the rows ``drawing``."""
-    top_k, values = _filters([rows[row] for row in drawing])
+    top_k, values = filters_of([rows[row] for row in drawing])
     numbers = np.array([rows[row].uniform(steps[row]) for row in drawing])
-    logits = logits if len(drawing) == len(logits) else logits[drawing]
-    few, best, scores = best_tokens(logits, top_k)
-    tokens = np.empty(len(drawing), np.int64)
-    if len(few):
-        tokens[few] = draw_among_few(best, scores, top_k[few], values[:, few], numbers[few])
-    if len(few) < len(drawing):
-        rest = np.setdiff1d(np.arange(len(drawing)), few)
-        tokens[rest] = draw_among_all(logits[rest], top_k[rest], values[:, rest], numbers[rest])
-    return tokens
+    return draw(rows_of(logits, drawing), top_k, values, numbers)
 
 
-def _filters(rows: Sequence[RowSampling]) -> tuple[Places, npt.NDArray[np.float64]]:
+def filters_of(rows: Sequence[RowSampling]) -> tuple[Places, npt.NDArray[np.float64]]:
     """top_k of each row, and [3, rows]: temperature, top_p and typical_p."""
-    parameters = [row.parameters for row in rows]
-    values = [(p.temperature, p.top_p, p.typical_p) for p in parameters]
-    return np.array([p.top_k for p in parameters]), np.array(values).T
+    table = np.array([row.filters for row in rows]).T
+    return table[0].astype(np.int64), table[1:]
 
 
-def _log_sums(logits: Floats, best: Floats) -> npt.NDArray[np.float64]:
-    """log(sum(exp)) of each row; ``logits`` are overwritten."""
+def _log_probs(logits: Floats, tokens: Places, best: Floats) -> npt.NDArray[np.float64]:
+    """Of the tokens [rows]; best: the largest logit of each row. ``logits`` are overwritten."""
+    chosen = logits[np.arange(len(tokens)), tokens].astype(np.float64)
     shifts = np.where(np.abs(best) < _FAR, np.float32(0.0), best)
-    for row in np.flatnonzero(shifts):
-        logits[row] -= shifts[row]
-    np.exp(logits, out=logits)
-    sums: npt.NDArray[np.float64] = np.log(logits.sum(-1).astype(np.float64)) + shifts
-    return sums
+    with np.errstate(divide="ignore", invalid="ignore"):  # logits that are no numbers
+        for row in np.flatnonzero(shifts):
+            logits[row] -= shifts[row]
+        np.exp(logits, out=logits)
+        sums = np.log(logits.sum(-1).astype(np.float64)) + shifts
+        log_probs: npt.NDArray[np.float64] = np.minimum(chosen - sums, 0.0)
+    return log_probs

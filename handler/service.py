@@ -22,7 +22,7 @@ from handler.djl_output import to_async_output, to_async_outputs, to_batch_outpu
 from handler.engines import Model, load_model
 from handler.errors import LoadError, RequestError
 from handler.generation import GenerationRequest, GenerationResult, TokenEvent
-from handler.ranks import end_job, world_of
+from handler.ranks import end_job, end_process, world_of
 from handler.request_parsing import parse_body
 from handler.responses import Reply, StreamReply, error_reply, reply, stream_reply
 from handler.schemas import recognized, schema_before_reading
@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 # How long a rank that could not load lets DJL read why, before it ends the job.
 _FAREWELL_SECONDS = 5.0
+# How long answers that tell of a lost engine have to leave the process.
+_LAST_ANSWERS_SECONDS = 1.0
 # Reading and tokenizing a longer body takes long enough to hold up an event loop.
 _LONG_BODY = 4_096
 # And so does making the first guide of a large vocabulary.
@@ -95,6 +97,7 @@ class Service:
             if self._model is None:
                 start = time.monotonic()
                 self._model = load_model(configuration)
+                self._model.when_ended(_end_process)
                 self.configuration = configuration
                 place = configuration.model_id or configuration.model_dir or ""
                 self.model_name = name or Path(place).name or self.model_name
@@ -317,6 +320,11 @@ class Service:
         finally:
             for future in submitted.futures:
                 future.cancel()
+
+
+def _end_process(reason: str) -> None:
+    """Whoever started this process starts it again; DJLServing does."""
+    end_process(f"this process ends, its engine cannot go on: {reason}", _LAST_ANSWERS_SECONDS)
 
 
 def _refuse_uneven_calls(properties: Mapping[str, str], in_async_mode: bool) -> None:

@@ -1,13 +1,14 @@
 """top_k, top_p and typical_p over many rows, and a draw from what they leave.
 
 transformers' formulas: a token stays where those before it in the filter's order hold less than p.
-Rows with a small top_k are reduced to those tokens first; for others all tokens count, and only
-those around the border of a filter are sorted.
+Rows of which few tokens stay are reduced to those first: that they are all is certain with a small
+top_k, and with top_p where they hold its share of the whole. For other rows all tokens count, and
+only those around the border of a filter are sorted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,45 @@ AnyFloats = npt.NDArray[np.floating[Any]]
 
 _CHUNK = 64  # tokens of which only the best is looked at first
 _FEW = 1024  # most tokens of a row that are all sorted
-_BINS = 1024
-_BIN_RANGE = 40.0  # probabilities e**40 times smaller than the largest need no fine bins
+_LIKELIEST = 128  # tokens, at least, among which top_p is looked for first
+_SAMPLE = 256  # tokens of a row that tell where the border of a filter about lies
+_AROUND = 16  # of these, on either side, between which it nearly always does
 _NEVER = 1e4  # -_NEVER is a score whose exp is 0
 _BLOCK = 128  # tokens whose weights are added up before a draw
+
+
+def rows_of(values: Any, rows: Sequence[int] | Places) -> Any:
+    """values[rows], without a copy where these are all; ``rows`` ascend."""
+    return values if len(rows) == len(values) else values[rows]
+
+
+def draw(logits: Floats, top_k: Places, values: Doubles, numbers: Doubles) -> Places:
+    """A token of each row.
+
+    logits: [rows, vocabulary]; values: temperature, top_p and typical_p, each [rows]; numbers:
+    [rows], from [0, 1).
+    """
+    temperature, top_p, _ = values
+    tokens = np.full(len(logits), -1)
+    by_share = (top_k == 0) & _on(top_p)
+    few, best, scores = best_tokens(logits, np.where(by_share, _LIKELIEST, top_k))
+    certain = np.zeros(len(logits), np.bool_)
+    certain[few] = ~by_share[few]
+    whole = np.flatnonzero(~certain)
+    totals = np.zeros(len(logits))
+    if len(whole):
+        scaled, weights = _weights(rows_of(logits, whole), temperature[whole])
+        totals[whole] = weights.sum(-1)
+    if len(few):
+        tokens[few] = _draw_among_few(
+            best, scores, top_k[few], values[:, few], numbers[few], totals[few]
+        )
+    left = np.flatnonzero(tokens[whole] < 0)
+    if len(left):
+        rest = whole[left]
+        scaled, weights = rows_of(scaled, left), rows_of(weights, left)
+        tokens[rest] = _draw_among_all(scaled, weights, top_k[rest], values[:, rest], numbers[rest])
+    return tokens
 
 
 def best_tokens(logits: Floats, top_k: Places) -> tuple[Places, Places, Floats]:
@@ -39,12 +75,11 @@ def best_tokens(logits: Floats, top_k: Places) -> tuple[Places, Places, Floats]:
     none = np.zeros((0, 0), np.intp)
     if not len(rows):
         return rows, none, none.astype(np.float32)
-    if len(rows) < len(logits):
-        logits = logits[rows]
+    logits = rows_of(logits, rows)
     # k chunks have a token as good as the k-th best of the chunks' best ones
     best = logits[:, : chunk * chunks].reshape(len(rows), chunk, chunks).max(1)
     last = chunks - top_k[rows]
-    reached = np.partition(best, np.unique(last), axis=-1)[np.arange(len(rows)), last]
+    reached = np.partition(best, sorted(set(last.tolist())), axis=-1)[np.arange(len(rows)), last]
     places = np.flatnonzero(logits >= reached[:, None])
     row = places // size
     counts = np.bincount(row, minlength=len(rows))
@@ -63,35 +98,44 @@ def best_tokens(logits: Floats, top_k: Places) -> tuple[Places, Places, Floats]:
     return rows, tokens, scores
 
 
-def draw_among_few(
-    tokens: Places, scores: Floats, top_k: Places, values: Doubles, numbers: Doubles
-) -> Places:
-    """A token of each row. tokens, scores: [rows, n], padded; values: temperature, top_p and
-    typical_p, each [rows]; numbers: [rows]."""
-    temperature, top_p, typical_p = values
-    scaled = (scores / temperature.astype(np.float32)[:, None]).astype(np.float64)
-    kept = keep(scaled, top_k, top_p, typical_p)
-    scaled -= scaled.max(-1, keepdims=True)
-    place, _ = _pick(np.exp(scaled) * kept, numbers)
-    return tokens[np.arange(len(tokens)), place]
-
-
 def keep(
     scores: Doubles, top_k: Places, top_p: Doubles, typical_p: Doubles, least: int = 1
 ) -> npt.NDArray[np.bool_]:
     """Which of the scores [rows, n] the filters leave, at least ``least`` of each."""
+    places, kept, _ = _filtered(scores, top_k, top_p, typical_p, np.zeros(len(scores)), least)
+    in_order = np.empty(scores.size, np.bool_)
+    in_order[places] = kept
+    return in_order.reshape(scores.shape)
+
+
+def _filtered(
+    scores: Doubles,
+    top_k: Places,
+    top_p: Doubles,
+    typical_p: Doubles,
+    totals: Doubles,
+    least: int = 1,
+) -> tuple[Places, npt.NDArray[np.bool_], Doubles]:
+    """The scores [rows, n] in descending order: where in the flat scores each is, whether it stays,
+    and its weight, exp(score - largest), which is 0 after top_k and top_p for those that do not.
+
+    totals: what the weights of a row sum to where there are more of them than these; else 0.
+    """
+    rows, size = scores.shape
+    begins = np.arange(rows)[:, None] * size
     # of equals the last places come first, as in a stable ascending sort
-    order = np.ascontiguousarray(scores.argsort(-1, kind="stable")[:, ::-1])
-    ranked = np.take_along_axis(scores, order, -1)
-    size = scores.shape[-1]
-    last = np.where(top_k > 0, top_k.clip(least, size), size) - 1
-    kept = ranked >= np.take_along_axis(ranked, last[:, None], -1)
+    places = scores.argsort(-1, kind="stable")[:, ::-1] + begins
+    ranked = scores.reshape(-1)[places]
+    last = np.where(top_k > 0, np.minimum(np.maximum(top_k, least), size), size) - 1
+    kept = ranked >= ranked[np.arange(rows), last][:, None]
     ranked -= ranked[:, :1].copy()
-    weights = np.exp(ranked) * kept
+    weights = np.exp(ranked)
+    weights *= kept
     if _on(top_p).any():
         before = _before(weights)
         share = np.where(_on(top_p), top_p, np.inf)
-        out = before[:, :-1] >= share[:, None] * before[:, -1:]
+        reach = share * np.where(totals > 0.0, totals, before[:, -1])
+        out = before[:, :-1] >= reach[:, None]
         out[:, :least] = False
         kept &= ~out
         weights *= kept
@@ -99,32 +143,63 @@ def keep(
         keys = _untypical(weights, ranked, _padded_sums)
         keys[weights == 0.0] = np.inf
         by_key = keys.argsort(-1, kind="stable")
-        before = _before(np.take_along_axis(weights, by_key, -1))
+        before = _before(weights.reshape(-1)[by_key + begins])
         last = (before[:, :-1] < typical_p[:, None] * before[:, -1:]).sum(-1) - 1
-        border = np.take_along_axis(keys, np.take_along_axis(by_key, last[:, None], -1), -1)
-        out = (keys > border) & _on(typical_p)[:, None]
+        border = keys[np.arange(rows), by_key[np.arange(rows), last]]
+        out = (keys > border[:, None]) & _on(typical_p)[:, None]
         np.put_along_axis(out, by_key[:, :least], False, -1)
         kept &= ~out
-    in_order = np.empty_like(kept)
-    np.put_along_axis(in_order, order, kept, -1)
-    return in_order
+    return places, kept, weights
 
 
-def draw_among_all(logits: Floats, top_k: Places, values: Doubles, numbers: Doubles) -> Places:
-    """A token of each row. logits: [rows, vocabulary], overwritten; values as above."""
+def _draw_among_few(
+    tokens: Places,
+    scores: Floats,
+    top_k: Places,
+    values: Doubles,
+    numbers: Doubles,
+    totals: Doubles,
+) -> Places:
+    """A token of each row; -1 where these hold less than top_p of the totals.
+
+    tokens, scores: [rows, n], padded; totals: as in _filtered.
+    """
     temperature, top_p, typical_p = values
+    scaled = (scores / temperature.astype(np.float32)[:, None]).astype(np.float64)
+    places, kept, ranked = _filtered(scaled, top_k, top_p, typical_p, totals)
+    weights = np.empty(scaled.size)
+    weights[places] = ranked * kept
+    place, _ = _pick(weights.reshape(scaled.shape), numbers)
+    drawn = tokens[np.arange(len(tokens)), place]
+    if totals.any():
+        drawn[ranked.cumsum(-1)[:, -1] < top_p * totals] = -1
+    return drawn
+
+
+def _weights(logits: Floats, temperature: Doubles) -> tuple[Floats, Floats]:
+    """Of each row the scores, the largest of them 0, and their exp: both [rows, vocabulary]."""
     if (temperature != 1.0).any():
-        logits /= temperature.astype(np.float32)[:, None]
-    logits -= logits.max(-1, keepdims=True)
-    size = logits.shape[-1]
+        scores = logits / temperature.astype(np.float32)[:, None]
+        scores -= scores.max(-1, keepdims=True)
+    else:
+        scores = logits - logits.max(-1, keepdims=True)
+    return scores, np.exp(scores)
+
+
+def _draw_among_all(
+    scores: Floats, weights: Floats, top_k: Places, values: Doubles, numbers: Doubles
+) -> Places:
+    """A token of each row. scores, weights: [rows, vocabulary], of _weights; overwritten."""
+    _, top_p, typical_p = values
+    size = scores.shape[-1]
     for row in np.flatnonzero((top_k > 0) & (top_k < size)):
-        scores = logits[row]
-        scores[scores < np.partition(scores, size - top_k[row])[size - top_k[row]]] = -np.inf
-    weights = np.exp(logits)
+        least = np.partition(scores[row], size - top_k[row])[size - top_k[row]]
+        weights[row] *= scores[row] >= least
+        scores[row, scores[row] < least] = -np.inf
     for row in np.flatnonzero(_on(top_p)):
-        _keep_likeliest(weights[row], logits[row], top_p[row])
+        _keep_likeliest(weights[row], scores[row], top_p[row])
     for row in np.flatnonzero(_on(typical_p)):
-        _keep_typical(weights[row : row + 1], logits[row : row + 1], typical_p[row])
+        _keep_typical(weights[row : row + 1], scores[row : row + 1], typical_p[row])
     block, numbers = _pick(_block_sums(weights), numbers)
     places = block[:, None] * _BLOCK + np.arange(_BLOCK)
     inside = np.where(
@@ -169,13 +244,7 @@ def _block_sums(weights: Floats) -> Doubles:
 def _keep_likeliest(weights: Floats, scores: Floats, share: float) -> None:
     """top_p of one row, in place: of equal scores the last ones stay."""
     total = float(weights.sum())
-    # all that are no larger than this hold, together, no more than what is cut off
-    least = np.float32((1.0 - share) * total / len(weights) * 0.999)
-    candidates = np.flatnonzero(weights > least)
-    if len(candidates) < len(weights) // 4:
-        border, equal = _border(-scores[candidates], weights[candidates], share * total)
-    else:
-        border, equal = _border(-scores, weights, share * total)
+    border, equal = _border(-scores, weights, share * total)
     weights *= scores >= -border
     weights[np.flatnonzero(scores == -border)[:-equal]] = 0.0
 
@@ -217,19 +286,32 @@ def _border(keys: AnyFloats, weights: AnyFloats, reach: float) -> tuple[float, i
     In ascending order of key an element stays where those before it weigh less than ``reach``.
     """
     while len(keys) > _FEW:
-        low, high = float(keys.min()), float(keys.max())
-        if not high - low > 1e-30:
+        kept, lighter = _around(keys, weights, reach)
+        if len(kept) == len(keys):  # nearly all are equal
             break
-        scale = keys.dtype.type(_BINS / min(high - low, _BIN_RANGE))
-        bins = np.minimum((keys - keys.dtype.type(low)) * scale, _BINS - 1).astype(np.intp)
-        sums = np.bincount(bins, weights, _BINS).cumsum()
-        crossed = min(int(sums.searchsorted(reach)), int(bins.max()))
-        inside = np.flatnonzero(bins == crossed)
-        reach -= sums[crossed - 1] if crossed else 0.0
-        keys, weights = keys[inside], weights[inside]
+        keys, weights, reach = keys[kept], weights[kept], reach - lighter
     order = keys.argsort(kind="stable")
     ordered = keys[order]
     before = np.concatenate([[0.0], weights[order].astype(np.float64).cumsum()[:-1]])
     count = max(int(before.searchsorted(reach)), 1)
     border = ordered[count - 1]
     return float(border), count - int(ordered.searchsorted(border))
+
+
+def _around(keys: AnyFloats, weights: AnyFloats, reach: float) -> tuple[Places, float]:
+    """Places of all keys in a range in which the border of ``reach`` lies, and what those of
+    smaller keys weigh."""
+    step = len(keys) // _SAMPLE
+    sampled = keys[::step].argsort()
+    sums = weights[::step][sampled].astype(np.float64).cumsum()
+    at = int(sums.searchsorted(reach / float(weights.sum()) * sums[-1]))
+    low = keys[sampled[max(at - _AROUND, 0)] * step] if at > _AROUND else -np.inf
+    high = keys[sampled[at + _AROUND] * step] if at + _AROUND < len(sampled) else np.inf
+    below = keys < low
+    lighter = float((weights * below).sum())
+    if lighter >= reach:
+        return np.flatnonzero(below), 0.0
+    inside = np.flatnonzero(~below & (keys <= high))
+    through = lighter + float(weights[inside].sum())
+    above = np.flatnonzero(keys > high) if through < reach else inside[:0]
+    return (above, through) if len(above) else (inside, lighter)

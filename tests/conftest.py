@@ -10,20 +10,28 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # The models of the tests are tiny: a second thread would wait longer than it computes. Set before
 # torch is imported; the servers inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Without a GPU Triton's kernels are interpreted; it looks once, when it is imported.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import httpx
 import hypothesis
 import pytest
+from random_checkpoints import VARIANTS, write_checkpoint
 
 from handler.engines import Model, init_inference
+
+if TYPE_CHECKING:
+    from oracle import Oracle
 
 # How long an example takes is the machine's affair.
 hypothesis.settings.register_profile("without deadlines", deadline=None)
@@ -53,6 +61,36 @@ def model() -> Iterator[Model]:
     loaded = init_inference(str(DEMO))
     yield loaded
     loaded.close()
+
+
+@pytest.fixture(scope="session")
+def oracle_of(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Oracle]:
+    """Of a variant, or of ``demo``: plain transformers, and its ``folder``, the checkpoint."""
+    from oracle import Oracle
+
+    @cache
+    def oracle(variant: str) -> Oracle:
+        if variant == "demo":
+            return Oracle(demo)
+        return Oracle(write_checkpoint(tmp_path_factory.mktemp(variant), variant, demo))
+
+    return oracle
+
+
+@pytest.fixture(
+    scope="module",
+    params=[*(("onnxruntime", v) for v in ("demo", *VARIANTS)), ("torch", "flan-t5")],
+    ids="-".join,
+)
+def pair(
+    request: pytest.FixtureRequest, oracle_of: Callable[[str], Oracle]
+) -> Iterator[tuple[Model, Oracle]]:
+    """A model of 11 rows, and its oracle."""
+    backend, variant = request.param
+    oracle = oracle_of(variant)
+    model = init_inference(str(oracle.folder), backend=backend, max_rows=11, threads=1)
+    yield model, oracle
+    model.close()
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,19 @@ class Oracle:
     Ids beyond the tokenizer are suppressed: random weights choose them, and they are no text.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, folder: Path, dtype: torch.dtype = torch.float32, *, scales_as_told: bool = True
+    ) -> None:
+        """scales_as_told: transformers 5 scales umT5's logits whatever config.json tells."""
         from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.folder = folder
         self.model = AutoModelForSeq2SeqLM.from_pretrained(folder).to(dtype).eval()
+        told = json.loads((folder / "config.json").read_text())
+        if told["model_type"] == "umt5" and scales_as_told:
+            self.model.config.tie_word_embeddings = told.get("tie_word_embeddings", True)
+        self._logits: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
         self.padding = list(range(len(self.tokenizer), self.model.config.vocab_size))
 
     def generate(self, prompt: str, **arguments: Any) -> tuple[int, ...]:
@@ -35,9 +44,17 @@ class Oracle:
     def text(self, ids: tuple[int, ...]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
-    @torch.inference_mode()
     def logits(self, prompt: str, ids: tuple[int, ...]) -> torch.Tensor:
-        """[len(ids), vocabulary]: what the model thought before each of ``ids``."""
+        """[len(ids), vocabulary]: what the model thought before each of ``ids``.
+
+        Kept, since engines are to come to the same ids.
+        """
+        if (prompt, ids) not in self._logits:
+            self._logits[prompt, ids] = self._computed(prompt, ids)
+        return self._logits[prompt, ids]
+
+    @torch.inference_mode()
+    def _computed(self, prompt: str, ids: tuple[int, ...]) -> torch.Tensor:
         start = self.model.config.decoder_start_token_id
         given = torch.tensor([[start, *ids[:-1]]])
         inputs = self.tokenizer(prompt, return_tensors="pt")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Oracle
-from random_checkpoints import VARIANTS, write_checkpoint
+from step_engines import assert_same
 from transformers_scores import generate_arguments
 
 from handler.bad_words import bad_word_ids
@@ -43,37 +42,22 @@ def all_texts(result: GenerationResult) -> list[tuple[int, ...]]:
     return [one.token_ids for one in (result, *result.alternatives)]
 
 
-class Beams(Oracle):
-    def texts(self, prompt: str, count: int, **arguments: Any) -> list[tuple[int, ...]]:
-        """The ids of ``count`` texts, each to its ``</s>``."""
-        rows = self.model.generate(
-            **self.tokenizer(prompt, return_tensors="pt"),
-            max_new_tokens=LENGTH,
-            do_sample=False,
-            num_return_sequences=count,
-            suppress_tokens=self.padding or None,
-            use_cache=False,
-            **arguments,
-        )
-        ids = [row[1:].tolist() for row in rows]
-        return [tuple(one[: one.index(EOS) + 1] if EOS in one else one) for one in ids]
+def best(oracle: Oracle, prompt: str, count: int, **arguments: Any) -> list[tuple[int, ...]]:
+    """The ids of the oracle's ``count`` texts, each to its ``</s>``."""
+    rows = oracle.model.generate(
+        **oracle.tokenizer(prompt, return_tensors="pt"),
+        max_new_tokens=LENGTH,
+        do_sample=False,
+        num_return_sequences=count,
+        suppress_tokens=oracle.padding or None,
+        use_cache=False,
+        **arguments,
+    )
+    ids = [row[1:].tolist() for row in rows]
+    return [tuple(one[: one.index(EOS) + 1] if EOS in one else one) for one in ids]
 
 
-@pytest.fixture(scope="module", params=["demo", *VARIANTS])
-def pair(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, demo: Path
-) -> Iterator[tuple[Model, Beams]]:
-    folder = demo
-    if request.param != "demo":
-        folder = write_checkpoint(tmp_path_factory.mktemp(request.param), request.param, demo)
-    model, oracle = init_inference(str(folder), backend="onnxruntime"), Beams(folder)
-    if request.param == "umt5":  # transformers 5 scales its logits, whatever the config says
-        oracle.model.config.tie_word_embeddings = False
-    yield model, oracle
-    model.close()
-
-
-def test_every_setting_alone_and_mixed_in_one_batch(pair: tuple[Model, Beams]) -> None:
+def test_every_setting_alone_and_mixed_in_one_batch(pair: tuple[Model, Oracle]) -> None:
     """All of them run beside each other, and beside greedy ones; none is alone in its batch."""
     model, oracle = pair
     wanted = [(PROMPTS[i % len(PROMPTS)], each) for i, each in enumerate(SETTINGS)]
@@ -84,14 +68,14 @@ def test_every_setting_alone_and_mixed_in_one_batch(pair: tuple[Model, Beams]) -
     greedy = [request(prompt) for prompt in PROMPTS]
     results = model.generate([*requests, *greedy])
     for (prompt, each), result in zip(wanted, results):
-        assert all_texts(result) == oracle.texts(prompt, int(each["num_beams"]) // 2, **each), each
+        assert all_texts(result) == best(oracle, prompt, int(each["num_beams"]) // 2, **each), each
     for prompt, result in zip(PROMPTS, results[len(requests) :]):
-        assert all_texts(result) == oracle.texts(prompt, 1)
+        assert all_texts(result) == best(oracle, prompt, 1)
     (alone,) = model.generate(requests[-1:])
-    assert alone == results[len(requests) - 1]
+    assert_same(model.backend, [alone], [results[len(requests) - 1]])
 
 
-def test_log_probabilities_are_the_models_own(pair: tuple[Model, Beams]) -> None:
+def test_log_probabilities_are_the_models_own(pair: tuple[Model, Oracle]) -> None:
     model, oracle = pair
     (result,) = model.generate([request(PROMPTS[0], num_beams=4, num_return_sequences=4)])
     for one in (result, *result.alternatives):
@@ -99,14 +83,14 @@ def test_log_probabilities_are_the_models_own(pair: tuple[Model, Beams]) -> None
         assert one.log_probs == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_end_is_not_chosen_before_min_new_tokens(pair: tuple[Model, Beams]) -> None:
+def test_the_end_is_not_chosen_before_min_new_tokens(pair: tuple[Model, Oracle]) -> None:
     model, oracle = pair
     (result,) = model.generate([request(PROMPTS[1], num_beams=4, min_new_tokens=7)])
-    assert all_texts(result) == oracle.texts(PROMPTS[1], 1, num_beams=4, min_new_tokens=7)
+    assert all_texts(result) == best(oracle, PROMPTS[1], 1, num_beams=4, min_new_tokens=7)
     assert len(result.token_ids) >= 7
 
 
-def test_penalties_and_bad_words(pair: tuple[Model, Beams]) -> None:
+def test_penalties_and_bad_words(pair: tuple[Model, Oracle]) -> None:
     """Each alone and all together, beside each other; a beam's history is its parent's."""
     model, oracle = pair
     (plain,) = model.generate([request(PROMPTS[0], num_beams=4)])
@@ -126,7 +110,7 @@ def test_penalties_and_bad_words(pair: tuple[Model, Beams]) -> None:
         words = bad_word_ids(one.parameters.bad_words_list, model.tokenizer)
         arguments = generate_arguments(one.parameters, words)
         del arguments["max_new_tokens"]
-        assert all_texts(result) == oracle.texts(PROMPTS[0], 4, num_beams=4, **arguments)
+        assert all_texts(result) == best(oracle, PROMPTS[0], 4, num_beams=4, **arguments)
 
 
 def test_a_beam_request_waits_for_its_rows_and_is_not_passed_over(demo: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from step_engines import assert_same
 
 from handler.encoder_cache import EncoderCache
 from handler.engines import Model, init_inference
@@ -51,19 +52,25 @@ def request(text: str) -> GenerationRequest:
 PROMPTS = ["Write 7 in words.", "a b c", "Count from 3 to 9.", "a b c", "Write 7 in words."] * 4
 
 
-@pytest.fixture(scope="module", params=["fp32", "int8"])
+@pytest.fixture(
+    scope="module",
+    params=[("onnxruntime", "fp32"), ("onnxruntime", "int8"), ("torch", "fp32")],
+    ids="-".join,
+)
 def models(request: pytest.FixtureRequest, demo: Path) -> Iterator[list[Model]]:
-    options: dict[str, Any] = {"backend": "onnxruntime", "dtype": request.param, "max_rows": 3}
+    backend, dtype = request.param
+    options: dict[str, Any] = {"backend": backend, "dtype": dtype, "max_rows": 3, "threads": 1}
     both = [init_inference(str(demo), encoder_cache=size, **options) for size in (256, 0)]
     yield both
     for model in both:
         model.close()
 
 
-def test_the_same_bits_with_and_without(models: list[Model]) -> None:
+def test_the_same_answers_with_and_without(models: list[Model]) -> None:
     with_cache, without = models
     results = with_cache.generate([request(text) for text in PROMPTS])
-    assert results == without.generate([request(text) for text in PROMPTS])
+    expected = without.generate([request(text) for text in PROMPTS])
+    assert_same(without.backend, results, expected)
     assert [result.input_cached for result in results[3:]] == [True] * (len(PROMPTS) - 3)
     assert not any(r.input_cached for r in without.generate([request("a b c")]))
     hits, misses = with_cache.encoder_cache_use

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_checkpoints import write_checkpoint
+from oracle import Oracle
 
 from handler.engines import Model, init_inference
 from handler.errors import RequestError
@@ -20,14 +20,16 @@ from handler.parameters import GenerationParameters
 from handler.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 
-@pytest.fixture(scope="module", params=["demo", "byt5", "flan-t5"])
+@pytest.fixture(
+    scope="module",
+    params=[*(("onnxruntime", v) for v in ("demo", "byt5", "flan-t5")), ("torch", "byt5")],
+    ids="-".join,
+)
 def any_model(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, demo: Path
+    request: pytest.FixtureRequest, oracle_of: Callable[[str], Oracle]
 ) -> Iterator[Model]:
-    folder = demo
-    if request.param != "demo":
-        folder = write_checkpoint(tmp_path_factory.mktemp(request.param), request.param, demo)
-    model = init_inference(str(folder), backend="onnxruntime")
+    backend, variant = request.param
+    model = init_inference(str(oracle_of(variant).folder), backend=backend, threads=1)
     yield model
     model.close()
 

@@ -60,7 +60,7 @@ class Case:
 
 def open_case(folder: Path, **options: Any) -> Iterator[Case]:
     model = init_inference(str(folder), backend="transformers", **options)
-    yield Case(model, Oracle(folder))
+    yield Case(model, Oracle(folder, scales_as_told=False))
     model.close()
 
 

@@ -1,296 +1,32 @@
-"""The CPU engine: the tokens of plain transformers, and rows that do not feel their neighbours."""
+"""The CPU engine's own: graphs for each form of weights, and the same bits in any company."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
 from oracle import Oracle
-from random_checkpoints import EDGE_VARIANTS, VARIANTS, VOCAB_SIZE, in_shards, write_checkpoint
+from random_checkpoints import EDGE_VARIANTS, VARIANTS, VOCAB_SIZE, write_checkpoint
 from safetensors.numpy import load_file, save_file
-from safetensors.torch import load_file as load_torch_file
-from safetensors.torch import save_file as save_torch_file
-from tasks import Example, held_out_examples
+from step_engines import encoded, random_ids, start, stepped
 
 from handler.checkpoints.architecture import T5Architecture
 from handler.checkpoints.find import model_config
 from handler.checkpoints.read import CheckpointWeights
-from handler.engines import Model, init_inference
 from handler.engines.onnx_t5 import build
 from handler.engines.onnx_t5.build import GraphBuilder
 from handler.engines.onnx_t5.choose import Forms
-from handler.engines.onnx_t5.engine import EncodedPrompt, OnnxT5StepEngine
+from handler.engines.onnx_t5.engine import OnnxT5StepEngine
 from handler.engines.onnx_t5.graph import GraphWriter
 from handler.engines.onnx_t5.linear import FORMS
 from handler.engines.onnx_t5.sessions import open_session, use_threads
-from handler.errors import RequestError
-from handler.generation import GenerationRequest, GenerationResult
 from handler.machine import usable_cpus
-from handler.parameters import PARAMETERS, parse_parameters
-from handler.scheduler import SUPPORTED_PARAMETERS
 from handler.tokenizer import load_tokenizer
 
 Array = npt.NDArray[np.float32]
-
-LENGTH = 40
-LONGEST = 128  # that the demo answers
-PROMPTS = [
-    "{",  # no token of its own
-    "x",
-    "Write 7 in words.",
-    "Sort these words: cat, apple",
-    "What is the plural of mouse?",
-    # beyond the farthest bucket of relative positions
-    "Reverse the order of the words: " + "big cat red dog " * 40,
-    "Count from 3 to 9.",
-    "a b c d e f g",
-    "Is this review positive, negative or neutral? Anna says that the garden was ordinary.",
-    *(example.prompt for example in held_out_examples(7)),
-]
-EOS = 1
-
-
-def test_the_prompts_fill_a_batch_and_are_of_many_lengths(demo: Path) -> None:
-    tokenizer = load_tokenizer(demo, 640)
-    lengths = [len(tokenizer.encode(prompt)) for prompt in PROMPTS]
-    assert len(lengths) == 16
-    assert min(lengths) <= 3
-    assert max(lengths) > 150
-    assert len(set(lengths)) > 8
-
-
-@dataclass
-class Case:
-    """One checkpoint, in the engine and in plain transformers."""
-
-    folder: Path
-    model: Model
-    oracle: Oracle
-
-    @cached_property
-    def exact(self) -> Oracle:
-        oracle = Oracle(self.folder, torch.float64)
-        oracle.model.config.tie_word_embeddings = self.oracle.model.config.tie_word_embeddings
-        return oracle
-
-    def run(self, prompts: Sequence[str], **parameters: Any) -> list[GenerationResult]:
-        parsed = parse_parameters({"max_new_tokens": LENGTH, **parameters})
-        return self.model.generate([GenerationRequest(prompt, parsed) for prompt in prompts])
-
-    def logits(self, prompt: str, ids: Sequence[int]) -> torch.Tensor:
-        return _without_padding(self.oracle, prompt, ids)
-
-    def ties(self, prompt: str, result: GenerationResult, limit: int = LENGTH) -> int:
-        """How often the engine chose the other one of two equals.
-
-        Fails where it chose anything else than the oracle does after the same tokens: then
-        ``generate`` would have gone on differently.
-        """
-        ids = result.token_ids
-        best = self.logits(prompt, ids).argmax(-1)
-        differing = (best != torch.tensor(ids)).nonzero().flatten().tolist()
-        if differing:
-            exact = _without_padding(self.exact, prompt, ids)
-            for place in differing:
-                two = exact[place].topk(2)
-                assert ids[place] in two.indices, (prompt, place)
-                assert two.values[0] - two.values[1] < 1e-4, (prompt, place)
-        assert EOS not in ids[:-1]
-        assert ids[-1] == EOS or len(ids) == limit
-        assert result.text == self.oracle.text(ids)
-        return len(differing)
-
-    def assert_log_probs(self, prompt: str, result: GenerationResult) -> None:
-        """Padded ids are never chosen, but they have their share of the probability."""
-        expected = self.oracle.log_probs(prompt, result.token_ids)
-        assert result.log_probs == pytest.approx(expected, abs=1e-4)
-
-
-def _without_padding(oracle: Oracle, prompt: str, ids: Sequence[int]) -> torch.Tensor:
-    logits = oracle.logits(prompt, tuple(ids)).clone()
-    logits[:, oracle.padding] = -torch.inf
-    return logits
-
-
-def open_case(folder: Path, **options: Any) -> Iterator[Case]:
-    model = init_inference(str(folder), backend="onnxruntime", **options)
-    case = Case(folder, model, Oracle(folder))
-    yield case
-    model.close()
-
-
-@pytest.fixture(scope="module", params=[*VARIANTS, *EDGE_VARIANTS])
-def case(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, demo: Path
-) -> Iterator[Case]:
-    folder = tmp_path_factory.mktemp(request.param)
-    for opened in open_case(write_checkpoint(folder, request.param, demo)):
-        if request.param == "umt5":  # transformers 5 scales its logits, whatever the config says
-            opened.oracle.model.config.tie_word_embeddings = False
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def flan(tmp_path_factory: pytest.TempPathFactory, demo: Path) -> Iterator[Case]:
-    """The variant for what does not depend on the architecture."""
-    yield from open_case(write_checkpoint(tmp_path_factory.mktemp("flan"), "flan-t5", demo))
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path, demo: Path) -> Path:
-    return write_checkpoint(tmp_path / "checkpoint", "flan-t5", demo)
-
-
-# Every variant of the family
-
-
-def test_greedy(case: Case) -> None:
-    results = case.run(PROMPTS)
-    assert sum(case.ties(prompt, result) for prompt, result in zip(PROMPTS, results)) == 0
-    for prompt, result in zip(PROMPTS, results):
-        case.assert_log_probs(prompt, result)
-    # worth comparing: texts differ, end at different places and are no single token for ever
-    assert len({result.token_ids for result in results}) >= len(PROMPTS) - 3
-    assert len({len(result.token_ids) for result in results}) >= 3
-    assert max(len(set(result.token_ids)) for result in results) >= 8
-
-
-def test_generate_gives_the_same(case: Case) -> None:
-    for prompt in PROMPTS[2:4]:
-        expected = case.oracle.generate(prompt, max_new_tokens=LENGTH)
-        assert case.run([prompt])[0].token_ids == expected
-
-
-@pytest.mark.parametrize("size", [1, 3])
-def test_batches_of_any_size_give_the_same_bits(case: Case, size: int) -> None:
-    together = case.run(PROMPTS)
-    apart = [
-        result
-        for start in range(0, len(PROMPTS), size)
-        for result in case.run(PROMPTS[start : start + size])
-    ]
-    assert apart == together
-
-
-def test_it_has_every_parameter_but_a_stream_that_nobody_reads(flan: Case) -> None:
-    assert set(PARAMETERS) - SUPPORTED_PARAMETERS == {"stream"}
-    with pytest.raises(RequestError, match="'stream' is not supported by backend onnxruntime"):
-        flan.run(["x"], stream=True)
-
-
-# Forms of a checkpoint
-
-
-def _in(dtype: torch.dtype) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        file = folder / "model.safetensors"
-        weights = {name: tensor.to(dtype) for name, tensor in load_torch_file(file).items()}
-        save_torch_file(weights, file, metadata={"format": "pt"})
-
-    return change
-
-
-def _with_spiece_alone(folder: Path) -> None:
-    (folder / "tokenizer.json").unlink()
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        in_shards,
-        _in(torch.bfloat16),
-        _in(torch.float16),
-        _in(torch.float64),
-        _with_spiece_alone,
-    ],
-    ids=["shards", "bf16", "fp16", "fp64", "spiece"],
-)
-def test_weights_in_other_forms(checkpoint: Path, change: Callable[[Path], None]) -> None:
-    change(checkpoint)
-    for opened in open_case(checkpoint):
-        for prompt, result in zip(PROMPTS[1:5], opened.run(PROMPTS[1:5])):
-            assert opened.ties(prompt, result) == 0
-            opened.assert_log_probs(prompt, result)
-
-
-@pytest.mark.parametrize("variant", ["t5-v1.0", "flan-t5", "mt5", "umt5", "byt5"])
-def test_a_checkpoint_that_transformers_5_saved(tmp_path: Path, demo: Path, variant: str) -> None:
-    """It writes tie_word_embeddings=true for all of them."""
-    folder = write_checkpoint(tmp_path / "first", variant, demo)
-    Oracle(folder).model.save_pretrained(folder)
-    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is True
-    for opened in open_case(folder):
-        for prompt, result in zip(PROMPTS[1:5], opened.run(PROMPTS[1:5])):
-            assert opened.ties(prompt, result) == 0
-            opened.assert_log_probs(prompt, result)
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["relu", "gelu", "gelu_new", "silu", "gated-relu", "gated-gelu", "gated-gelu_new"],
-)
-def test_activations(tmp_path: Path, demo: Path, name: str) -> None:
-    folder = write_checkpoint(tmp_path, "flan-t5", demo, feed_forward_proj=name)
-    for opened in open_case(folder):
-        for prompt, result in zip(PROMPTS[1:4], opened.run(PROMPTS[1:4])):
-            assert opened.ties(prompt, result) == 0
-            opened.assert_log_probs(prompt, result)
-
-
-# The demo
-
-
-@pytest.fixture(scope="module")
-def demo_case(model: Model, demo: Path) -> Case:
-    return Case(demo, model, Oracle(demo))
-
-
-@pytest.fixture(scope="module")
-def examples() -> list[Example]:
-    return held_out_examples(500)
-
-
-def test_500_prompts_of_the_demo(
-    demo_case: Case, examples: list[Example], record_property: Callable[[str, object], None]
-) -> None:
-    prompts = [example.prompt for example in examples]
-    results = demo_case.run(prompts, max_new_tokens=LONGEST)
-    ties = sum(demo_case.ties(prompt, result, LONGEST) for prompt, result in zip(prompts, results))
-    tokens = sum(len(result.token_ids) for result in results)
-    record_property("ties", ties)
-    print(f"{ties} ties in {tokens} tokens")
-    assert ties <= 3
-
-
-def test_the_demo_in_int8(demo_case: Case, examples: list[Example], tmp_path: Path) -> None:
-    """8 bits turn few texts, and cost 0.5 points of exact matches at most."""
-    examples = examples[:220]
-    prompts = [example.prompt for example in examples]
-    quantized = init_inference(str(demo_case.folder), dtype="int8", cache_dir=str(tmp_path))
-    texts = {
-        "fp32": demo_case.model.pipeline_generate(prompts, max_new_tokens=LONGEST),
-        "int8": quantized.pipeline_generate(prompts, max_new_tokens=LONGEST),
-    }
-    quantized.close()
-    right = {
-        dtype: sum(text == e.target for text, e in zip(answers, examples))
-        for dtype, answers in texts.items()
-    }
-    equal = sum(a == b for a, b in zip(*texts.values()))
-    print(f"{equal} of {len(prompts)} equal, right: {right}")
-    assert right["int8"] >= right["fp32"] - 0.005 * len(prompts)
-    assert equal >= 0.97 * len(prompts)
-
-
-# Single steps
 
 
 def open_engine(
@@ -315,177 +51,21 @@ def open_engine(
     )
 
 
-def encoded(engine: OnnxT5StepEngine, prompts: Sequence[Sequence[int]]) -> list[EncodedPrompt]:
-    *_, handles = engine.encode(prompts)
-    assert handles is not None
-    return handles
-
-
-def start(engine: OnnxT5StepEngine, *handles: EncodedPrompt) -> None:
-    for row, handle in enumerate(handles):
-        engine.attach(handle, row)
-
-
-def random_ids(*shape: int, seed: int = 0) -> npt.NDArray[np.int64]:
-    return np.random.default_rng(seed).integers(3, 300, shape)
-
-
-def given(engine: OnnxT5StepEngine, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """What the decoder reads where ``ids`` [rows, tokens] are to be scored."""
-    start_tokens = np.full((len(ids), 1), engine.decoder_start_token_id)
-    return np.concatenate([start_tokens, ids[:, :-1]], axis=1)
-
-
-def stepped(engine: OnnxT5StepEngine, tokens: npt.NDArray[np.int64], first: int = 0) -> Array:
-    """Logits [rows, tokens, vocabulary], one step at a time."""
-    rows, count = tokens.shape
-    return np.concatenate(
-        [
-            engine.decode(rows, tokens[:, [k]], np.full(rows, first + k)).copy()
-            for k in range(count)
-        ],
-        axis=1,
-    )
-
-
-@pytest.fixture(scope="module")
-def engine(flan: Case, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnnxT5StepEngine]:
-    opened = open_engine(flan.folder, tmp_path_factory.mktemp("graphs"))
-    yield opened
-    opened.close()
-
-
-@pytest.fixture(scope="module")
-def handles(engine: OnnxT5StepEngine) -> list[EncodedPrompt]:
-    return encoded(engine, [engine.tokenizer.encode(prompt) for prompt in ("", *PROMPTS[1:])])
-
-
-def test_given_continuations_are_scored_as_by_the_oracle(case: Case, tmp_path: Path) -> None:
-    """Long ones: beyond the farthest bucket of the decoder's relative positions."""
-    prompts = [PROMPTS[5], "", PROMPTS[3]]
-    engine = open_engine(case.folder, tmp_path / "graphs")
-    ids = random_ids(len(prompts), 150)
-    tokens = given(engine, ids)
-    start(engine, *encoded(engine, [engine.tokenizer.encode(prompt) for prompt in prompts]))
-    scored = engine.decode(len(prompts), tokens, np.zeros(len(prompts), np.int64))
-    assert scored.shape == (len(prompts), 150, case.oracle.model.config.vocab_size)
-    for row, prompt in enumerate(prompts):
-        expected = case.oracle.logits(prompt, tuple(ids[row].tolist())).numpy()
-        assert np.abs(scored[row] - expected).max() < 1e-4 * np.abs(expected).max()
-    assert (stepped(engine, tokens) == scored).all()
-    engine.close()
-
-
-def test_a_continuation_is_scored_from_where_each_row_is(
-    engine: OnnxT5StepEngine, handles: list[EncodedPrompt]
-) -> None:
-    tokens = random_ids(3, 30)
-    start(engine, *handles[:3])
-    whole = stepped(engine, tokens)
-    places = np.array([4, 11, 0])
-    rest = np.stack([tokens[row, place : place + 15] for row, place in enumerate(places)])
-    scored = engine.decode(3, rest, places)
-    for row, place in enumerate(places):
-        assert (scored[row] == whole[row, place : place + 15]).all()
-
-
-def test_the_caller_may_overwrite_logits(
-    engine: OnnxT5StepEngine, handles: list[EncodedPrompt]
-) -> None:
-    tokens = random_ids(2, 5)
-    start(engine, *handles[:2])
-    untouched = stepped(engine, tokens)
-    start(engine, *handles[:2])
-    for k in range(5):
-        logits = engine.decode(2, tokens[:, [k]], np.full(2, k))
-        assert (logits[:, 0] == untouched[:, k]).all()
-        logits[:] = np.nan
-
-
-def test_a_moved_row_goes_on_where_it_was(
-    engine: OnnxT5StepEngine, handles: list[EncodedPrompt]
-) -> None:
-    tokens = random_ids(4, 40)
-    start(engine, handles[2], handles[5], handles[0], handles[8])
-    undisturbed = stepped(engine, tokens)
-    for dst in (0, 1, 2):
-        start(engine, handles[2], handles[5], handles[0], handles[8])
-        stepped(engine, tokens[:, :20])
-        engine.move(3, dst)
-        # what comes to the row that was left must not matter
-        engine.attach(handles[6], 3)
-        engine.decode(4, random_ids(4, 1, seed=9)[:, :1], np.array([20, 20, 20, 0]))
-        order = [3 if row == dst else row for row in range(3)]
-        assert (stepped(engine, tokens[order, 20:], 20) == undisturbed[order, 20:]).all()
-
-
-def test_a_row_that_never_decoded_can_be_moved(
-    engine: OnnxT5StepEngine, handles: list[EncodedPrompt]
-) -> None:
-    tokens = random_ids(1, 10)
-    start(engine, handles[8])
-    expected = stepped(engine, tokens)
-    start(engine, handles[5], handles[8])
-    engine.move(1, 0)
-    assert (stepped(engine, tokens) == expected).all()
-
-
-def test_reordered_rows_go_on_from_their_parents_tokens(
-    engine: OnnxT5StepEngine, handles: list[EncodedPrompt]
-) -> None:
-    """Rows 1 to 4 are beams of one prompt, row 0 is another's; they have different lengths."""
-    lengths, parents = np.array([12, 3, 7, 12, 5]), [0, 3, 1, 3, 2]
-    tokens, rest = random_ids(5, 12), random_ids(5, 8, seed=1)
-    for row, handle in enumerate((handles[0], *[handles[4]] * 4)):
-        engine.attach(handle, row)
-    for step in range(12):
-        positions = np.minimum(step, lengths - 1)
-        engine.decode(5, tokens[np.arange(5), positions][:, None], positions)
-    engine.reorder([1, 2, 3, 4], parents[1:])
-    reordered = engine.decode(5, rest, lengths[parents])
-    for row, parent in enumerate(parents):
-        length = lengths[parent]
-        start(engine, handles[4 if row else 0])
-        whole = np.concatenate([tokens[[parent], :length], rest[[row]]], axis=1)
-        assert (reordered[row] == stepped(engine, whole)[0, length:]).all()
-
-
-def test_several_rows_on_one_prompt(engine: OnnxT5StepEngine, handles: list[EncodedPrompt]) -> None:
-    """Also later, when others have used the rows: decoding does not change a handle."""
-    tokens = random_ids(3, 10)
-    alone = []
-    for row in range(3):
-        start(engine, handles[5])
-        alone.append(stepped(engine, tokens[[row]])[0])
-    for _ in range(2):
-        start(engine, *[handles[5]] * 3)
-        assert (stepped(engine, tokens) == np.stack(alone)).all()
-        start(engine, *handles[:6])
-        stepped(engine, random_ids(6, 20))
-
-
-def test_nothing_is_left_of_a_rows_last_prompt(
-    engine: OnnxT5StepEngine, handles: list[EncodedPrompt]
-) -> None:
-    tokens = random_ids(1, 6)
-    start(engine, handles[1])
-    fresh = stepped(engine, tokens)
-    start(engine, handles[5])
-    stepped(engine, random_ids(1, 100))
-    start(engine, handles[1])
-    assert (stepped(engine, tokens) == fresh).all()
-
-
+@pytest.mark.parametrize("variant", [*VARIANTS, *EDGE_VARIANTS])
 def test_prompts_are_encoded_in_parts_of_any_size(
-    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    oracle_of: Callable[[str], Oracle],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variant: str,
 ) -> None:
     """Small models are one part; here each layer is one."""
-    ids = load_tokenizer(case.folder, 640).encode(PROMPTS[3])
-    whole = open_engine(case.folder, tmp_path / "whole")
+    folder = oracle_of(variant).folder
+    ids = random_ids(20).tolist()
+    whole = open_engine(folder, tmp_path / "whole")
     monkeypatch.setattr(build, "_GROUP_WEIGHTS", 1)
-    layered = open_engine(case.folder, tmp_path / "layered")
+    layered = open_engine(folder, tmp_path / "layered")
     parts = list(layered.encode([ids, ids]))
-    config = model_config(case.folder)
+    config = model_config(folder)
     layers = config["num_layers"] + config["num_decoder_layers"]
     assert [part is None for part in parts] == [True] * (len(parts) - 1) + [False]
     assert 2 * (layers - 1) <= len(parts) - 1 <= 2 * layers

@@ -540,19 +540,32 @@ def test_t5_on_a_cpu_is_served_by_onnx_runtime(
 
 
 @pytest.mark.parametrize(
-    ("change", "options", "reason"),
+    ("change", "options", "expected"),
     [
-        (_with_config(model_type="bart"), {}, "model type bart is not of the T5 family"),
-        (lambda _: None, {"dtype": "fp16"}, "option.dtype=fp16"),
-        (lambda _: None, {"dtype": "bf16"}, "option.dtype=bf16"),
-        (lambda _: None, {"backend": "transformers"}, "option.backend"),
+        (_with_config(model_type="bart"), {}, ("transformers", "model type bart is not of the")),
+        (lambda _: None, {"backend": "transformers"}, ("transformers", "option.backend")),
+        (lambda _: None, {"dtype": "fp16"}, ("torch", "option.dtype=fp16 on a CPU")),
+        (lambda _: None, {"dtype": "bf16"}, ("torch", "option.dtype=bf16 on a CPU")),
+        (lambda _: None, {"tensor_parallel_degree": 2}, ("torch", "option.tensor_parallel_degr")),
     ],
+    ids=str,
 )
-def test_what_transformers_serves(
-    checkpoint: Path, change: Change, options: dict[str, Any], reason: str
+def test_what_others_serve(
+    checkpoint: Path, change: Change, options: dict[str, Any], expected: tuple[str, str]
 ) -> None:
     change(checkpoint)
-    assert chosen(checkpoint, **options) == ("transformers", reason)
+    backend, reason = chosen(checkpoint, device_id=-1, **options)
+    assert backend == expected[0]
+    assert reason.startswith(expected[1])
+
+
+def test_an_older_torch_is_for_transformers(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in 2023's images."""
+    monkeypatch.setattr("torch.__version__", "2.0.1")
+    reason = "backend torch needs torch 2.4 or newer, 2.0.1 is installed"
+    assert chosen(checkpoint, device_id=-1, dtype="bf16") == ("transformers", reason)
 
 
 def test_shards_are_safetensors(checkpoint: Path) -> None:
@@ -576,16 +589,10 @@ def test_a_gpu_is_used_unless_the_worker_has_none(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engines, "gpu_is_there", lambda: True)
-    assert chosen(checkpoint) == ("transformers", "there is a GPU")
-    assert chosen(checkpoint, device_id=0)[0] == "transformers"
+    assert chosen(checkpoint) == ("torch", "model type t5 on a GPU")
+    assert chosen(checkpoint, device_id=0)[0] == "torch"
     assert chosen(checkpoint, device_id=-1)[0] == "onnxruntime"
     assert chosen(checkpoint, backend="onnxruntime") == ("onnxruntime", "option.backend")
-
-
-@pytest.mark.parametrize("backend", ["torch"])
-def test_backends_that_are_not_there(checkpoint: Path, backend: str) -> None:
-    with pytest.raises(LoadError, match=f"option.backend={backend} is not in this version"):
-        chosen(checkpoint, backend=backend)
 
 
 # Which form of int8

@@ -53,7 +53,7 @@ def test_what_it_was_made_for(make: Callable[..., Path], options: dict[str, Any]
         ({"dtype": "fp32"}, "was partitioned for dtype=int8, option.dtype=fp32; set option.dtype"),
         ({"tensor_parallel_degree": 2}, "for tensor_parallel_degree=1, option.tensor_parallel_deg"),
         ({"pipeline_parallel_degree": 2}, "for pipeline_parallel_degree=1, option.pipeline_par"),
-        ({"backend": "transformers"}, "for backend onnxruntime, option.backend=transformers"),
+        ({"backend": "transformers"}, "for backend onnxruntime or torch, option.backend=transf"),
         ({"merge_adapter": "a"}, "option.merge_adapter=a cannot be merged into"),
     ],
 )
@@ -78,11 +78,34 @@ def test_another_model(make: Callable[..., Path], key: str, value: Any, words: s
     assert words in refused(folder)
 
 
-def test_ranks_that_no_engine_serves_yet(make: Callable[..., Path]) -> None:
-    folder = make("native", tensor_parallel_degree=2)
-    assert "tensor_parallel_degree=2, option.tensor_parallel_degree=1" in refused(folder)
-    assert "no engine of this version serves" in refused(folder, tensor_parallel_degree=2)
-    assert "and dtype=bf16, which no engine" in refused(make("native", dtype="bf16"))
+@pytest.mark.parametrize(
+    ("dtype", "degree", "expected"),
+    [
+        ("fp32", 1, ["onnxruntime", "torch"]),
+        ("int8", 1, ["onnxruntime", "torch"]),
+        ("bf16", 1, ["torch"]),
+        ("fp16", 1, ["torch"]),
+        ("fp32", 2, ["torch"]),
+    ],
+)
+def test_which_engines_read_it(
+    make: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    degree: int,
+    expected: list[str],
+) -> None:
+    """On a GPU it is torch."""
+    folder = make("native", dtype=dtype, tensor_parallel_degree=degree)
+    of_degree: dict[str, Any] = {"tensor_parallel_degree": degree}
+    assert chosen(folder, **of_degree) == expected[0]
+    for backend in expected:
+        assert chosen(folder, backend=backend, **of_degree) == backend
+    if expected == ["torch"]:
+        assert "for backend torch," in refused(folder, backend="onnxruntime", **of_degree)
+    monkeypatch.setattr("handler.engines.gpu_is_there", lambda: True)
+    assert chosen(folder, **of_degree) == "torch"
+    assert chosen(folder, device_id=-1, **of_degree) == expected[0]
 
 
 def test_auto_and_max_are_what_it_was_made_for(make: Callable[..., Path]) -> None:

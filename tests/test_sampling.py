@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -293,15 +293,17 @@ def test_one_token_left_is_taken_and_none_left_is_told(samples: bool) -> None:
 # Through the engine
 
 
-@pytest.fixture(scope="module", params=["demo", "random"])
+@pytest.fixture(
+    scope="module",
+    params=[("onnxruntime", "demo"), ("onnxruntime", "flan-t5"), ("torch", "flan-t5")],
+    ids="-".join,
+)
 def engine(
-    request: pytest.FixtureRequest, demo: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, oracle_of: Callable[[str], Oracle]
 ) -> Iterator[tuple[Model, Oracle]]:
-    folder = demo
-    if request.param == "random":
-        folder = write_checkpoint(tmp_path_factory.mktemp("random"), "flan-t5", demo)
-    model = init_inference(str(folder), backend="onnxruntime")
-    yield model, Oracle(folder)
+    backend, variant = request.param
+    model = init_inference(str(oracle_of(variant).folder), backend=backend, threads=1)
+    yield model, oracle_of(variant)
     model.close()
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from handler.checkpoints.find import find_adapter
 from handler.checkpoints.lora_config import LoraConfig
-from handler.checkpoints.read import ADAPTER_WEIGHTS, Array, CheckpointWeights, Weights
+from handler.checkpoints.read import ADAPTER_WEIGHTS, Array, CheckpointWeights, Index, Weights
 from handler.checkpoints.tensors import EMBEDDINGS, HEAD, embedding_name
 from handler.config import Configuration
 from handler.errors import LoadError
@@ -93,6 +93,11 @@ class MergedWeights:
                 f"{name} it makes NaN or infinity; change option.merge_adapter"
             )
         return weight
+
+    def part(self, name: str, shape: tuple[int, ...], index: Index) -> Array:
+        if name in self._changes:
+            return self.get(name, shape)[index]
+        return self._base.part(name, shape, index)
 
     def _add(self, change: _Change, weight: Array) -> None:
         """Change ``weight`` [out, in] in place, some rows at a time: B @ A is as large as it."""

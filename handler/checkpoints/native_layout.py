@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from handler.checkpoints.architecture import T5Architecture
 from handler.checkpoints.quantized import QuantizedWeight, Weight, quantize, row_scales
-from handler.checkpoints.read import Array, Weights
+from handler.checkpoints.read import Array, Index, Weights
 from handler.checkpoints.safetensors_file import SafetensorsFile
 from handler.checkpoints.splits import Split, Tensor, chunks, t5_tensors, to_fp16
 from handler.errors import LoadError
@@ -219,6 +219,9 @@ class NativeWeights:
         """A tensor that is not quantized. Raises LoadError where it is missing or misshapen."""
         array: Array = self._read(name, "F32", shape)
         return array
+
+    def part(self, name: str, shape: tuple[int, ...], index: Index) -> Array:
+        return self.get(name, shape)[index]
 
     def linear(self, name: str, shape: tuple[int, int]) -> Weight:
         """A matrix [out, in], as it is stored. Raises LoadError as ``get`` does."""

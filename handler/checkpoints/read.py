@@ -16,6 +16,8 @@ from handler.checkpoints.torch_file import TorchFile
 from handler.errors import LoadError
 
 Array = npt.NDArray[np.float32]
+# Slices of a tensor's first axes.
+Index = tuple[slice, ...]
 
 
 class Weights(Protocol):
@@ -36,6 +38,9 @@ class Weights(Protocol):
     def get(self, name: str, shape: tuple[int, ...]) -> Array:
         """The tensor in fp32. Raises LoadError where it is missing, misshapen or not finite."""
 
+    def part(self, name: str, shape: tuple[int, ...], index: Index) -> Array:
+        """``get(name, shape)[index]``; where the form of the file allows it no more is read."""
+
 
 class TensorFile(Protocol):
     """A file of tensors. Raises LoadError, naming file and tensor, also when it is opened."""
@@ -51,6 +56,9 @@ class TensorFile(Protocol):
 
     def read(self, name: str) -> Array:
         """The tensor in fp32."""
+
+    def read_part(self, name: str, index: Index) -> Array:
+        """``read(name)[index]``"""
 
     def release(self) -> None:
         """Give memory back; reading on takes it again."""
@@ -95,20 +103,29 @@ class CheckpointWeights:
         return self._file(name).path
 
     def get(self, name: str, shape: tuple[int, ...]) -> Array:
-        file = self._file(name)
-        check_shape(self, name, shape)
-        for other in self._opened:
-            if other is not file:
-                other.release()
-        array = file.read(name)
-        if not np.isfinite(array).all():
-            raise LoadError(f"{file.path}: tensor {name} holds NaN or infinity")
-        return array
+        return self._finite(name, self._checked(name, shape).read(name))
+
+    def part(self, name: str, shape: tuple[int, ...], index: Index) -> Array:
+        return self._finite(name, self._checked(name, shape).read_part(name, index))
 
     def release(self) -> None:
         """Give memory back; reading on takes it again."""
         for file in self._opened:
             file.release()
+
+    def _checked(self, name: str, shape: tuple[int, ...]) -> TensorFile:
+        """The tensor's file, now the only one that holds memory."""
+        file = self._file(name)
+        check_shape(self, name, shape)
+        for other in self._opened:
+            if other is not file:
+                other.release()
+        return file
+
+    def _finite(self, name: str, array: Array) -> Array:
+        if not np.isfinite(array).all():
+            raise LoadError(f"{self.file(name)}: tensor {name} holds NaN or infinity")
+        return array
 
     def _file(self, name: str) -> TensorFile:
         try:

@@ -15,6 +15,7 @@ from handler.errors import LoadError
 
 _NUMPY_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _STORED_TYPES = {**_NUMPY_TYPES, "I8": "<i1"}
+_PIECE = 1 << 22  # elements that are read at a time where some of each row are wanted
 _LONGEST_HEADER = 100_000_000  # the format's own limit
 # What reading a header that is none, or has other values, raises; Infinity is no integer.
 _WRONG_HEADERS = (
@@ -116,25 +117,53 @@ class SafetensorsFile:
 
     def read(self, name: str) -> npt.NDArray[np.float32]:
         self.shape(name)
-        array = self.read_as_stored(name)
-        if self._places[name].dtype == "BF16":  # the upper half of an fp32
-            array = (array.astype("<u4") << 16).view("<f4")
-        with np.errstate(over="ignore"):  # of fp64; who reads refuses infinity
-            return array.astype(np.float32, copy=False)
+        return self._in_fp32(name, self.read_as_stored(name))
+
+    def read_part(self, name: str, index: tuple[slice, ...]) -> npt.NDArray[np.float32]:
+        """``read(name)[index]``: of the first axis no more is read, of others piece by piece."""
+        shape = self.shape(name)
+        rows = range(shape[0])[index[0]] if index else range(0)
+        if not index or rows.step != 1:
+            return self.read(name)[index]
+        others = zip(index[1:], shape[1:])
+        if all(range(size)[part] == range(size) for part, size in others):
+            return self._in_fp32(name, self._read_rows(name, rows.start, len(rows)))
+        wanted = (slice(None), *index[1:])
+        most = max(1, _PIECE // max(1, math.prod(shape[1:])))
+        pieces = [
+            self._in_fp32(name, self._read_rows(name, start, min(most, rows.stop - start))[wanted])
+            for start in rows[::most] or [rows.stop]
+        ]
+        return np.concatenate(pieces)
 
     def read_as_stored(self, name: str) -> npt.NDArray[Any]:
         """The numbers of a float tensor or one of I8; of BF16 the bits."""
+        shape = self._places[name].shape
+        if not shape:
+            return self._read_rows(name, 0, 1).reshape(())
+        return self._read_rows(name, 0, shape[0])
+
+    def _read_rows(self, name: str, first: int, count: int) -> npt.NDArray[Any]:
+        """[count, ...] as stored, from the tensor's row ``first``."""
         place = self._places[name]
-        count = math.prod(place.shape)
+        kind = np.dtype(_STORED_TYPES[place.dtype])
+        width = math.prod(place.shape[1:])
+        start = self._start + place.begin + first * width * kind.itemsize
         try:
-            flat = np.fromfile(
-                self.path, _STORED_TYPES[place.dtype], count, offset=self._start + place.begin
-            )
+            flat = np.fromfile(self.path, kind, count * width, offset=start)
         except OSError as error:
             raise LoadError(f"{self.path} cannot be read: {error}") from error
-        if flat.size != count:
+        if flat.size != count * width:
             raise LoadError(f"{self.path}: the file ends within tensor {name}")
-        return flat.reshape(place.shape)
+        return flat.reshape(count, *place.shape[1:])
+
+    def _in_fp32(self, name: str, array: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        if self._places[name].dtype == "BF16":  # the upper half of an fp32
+            bits = array.astype("<u4")
+            bits <<= 16
+            array = bits.view("<f4")
+        with np.errstate(over="ignore"):  # of fp64; who reads refuses infinity
+            return array.astype(np.float32, copy=False)
 
     def release(self) -> None:
         """Nothing is held."""

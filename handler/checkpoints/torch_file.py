@@ -57,7 +57,10 @@ class TorchFile:
         return shape
 
     def read(self, name: str) -> npt.NDArray[np.float32]:
-        tensor = self._load()[name]
+        return self.read_part(name, ())
+
+    def read_part(self, name: str, index: tuple[slice, ...]) -> npt.NDArray[np.float32]:
+        tensor = self._load()[name][index]
         torch = self._torch()
         # a copy: the view of a mapping would end with it
         copy = tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)

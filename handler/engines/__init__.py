@@ -80,13 +80,8 @@ def choose_backend(c: Configuration, folder: Path) -> tuple[str, str]:
     partition = read_partition(folder)
     if partition is not None:
         return _backend_of_partition(partition, c, folder)
-    if c.backend in ("fastertransformer", "onnxruntime", "transformers"):
-        return c.backend, "option.backend"
     if c.backend != "auto":
-        raise LoadError(
-            f"option.backend={c.backend} is not in this version, allowed are auto, "
-            "fastertransformer, onnxruntime and transformers"
-        )
+        return c.backend, "option.backend"
     config = model_config(folder)
     model_type = config["model_type"]
     world = world_of()
@@ -99,14 +94,27 @@ def choose_backend(c: Configuration, folder: Path) -> tuple[str, str]:
         logger.info("not backend fastertransformer: %s", reason)
     if model_type not in T5_FAMILY:
         return "transformers", f"model type {model_type} is not of the T5 family"
-    if c.dtype in ("fp16", "bf16"):
-        return "transformers", f"option.dtype={c.dtype}"
-    if c.device_id != -1 and gpu_is_there():
-        return "transformers", "there is a GPU"
+    wanted = _why_torch(model_type, c)
+    if wanted is not None:
+        from handler.engines import torch_t5
+
+        against = torch_t5.against_this_torch()
+        return ("torch", wanted) if against is None else ("transformers", against)
     missing = [name for name in ("onnx", "onnxruntime") if not importlib.util.find_spec(name)]
     if missing:
         return "transformers", f"the package {missing[0]} is not installed"
     return "onnxruntime", f"model type {model_type} on a CPU"
+
+
+def _why_torch(model_type: str, c: Configuration) -> str | None:
+    """Why a T5 is for backend torch, or None: then a CPU's own engine has it."""
+    if c.device_id != -1 and gpu_is_there():
+        return f"model type {model_type} on a GPU"
+    if c.tensor_parallel_degree not in (1, "max"):
+        return f"option.tensor_parallel_degree={c.tensor_parallel_degree} on a CPU"
+    if c.dtype in ("fp16", "bf16"):
+        return f"option.dtype={c.dtype} on a CPU"
+    return None
 
 
 def _against_fastertransformer(config: dict[str, Any], c: Configuration) -> str | None:
@@ -125,22 +133,27 @@ def _refuse_ranks(backend: str, world: World) -> None:
 
 
 def _backend_of_partition(p: Partition, c: Configuration, folder: Path) -> tuple[str, str]:
-    """The one engine that reads the folder. Raises LoadError where it is not asked for or there."""
+    """An engine that reads the folder. Raises LoadError where it is not asked for or there."""
     check_partition(p, folder, c)
-    backend = "onnxruntime" if p.format == "native" else p.format
-    if c.backend not in ("auto", backend):
+    reading = _backends_that_read(p)
+    if c.backend not in ("auto", *reading):
         raise LoadError(
-            f"{folder} is partitioned for backend {backend}, option.backend={c.backend}; set "
-            "option.backend=auto or name the original checkpoint"
+            f"{folder} is partitioned for backend {' or '.join(reading)}, "
+            f"option.backend={c.backend}; set option.backend=auto or name the original checkpoint"
         )
-    served = p.tensor_parallel_degree == 1 and p.dtype in ("fp32", "int8")
-    if p.format == "native" and not served:
-        raise LoadError(
-            f"{folder} is partitioned for tensor_parallel_degree={p.tensor_parallel_degree} and "
-            f"dtype={p.dtype}, which no engine of this version serves; partition the original "
-            "checkpoint for 1 and fp32 or int8"
-        )
-    return backend, f"{folder} is partitioned for it"
+    if c.backend != "auto":
+        return c.backend, "option.backend"
+    on_gpu = "torch" in reading and c.device_id != -1 and gpu_is_there()
+    return "torch" if on_gpu else reading[0], f"{folder} is partitioned for it"
+
+
+def _backends_that_read(p: Partition) -> tuple[str, ...]:
+    """The first is the one for CPUs."""
+    if p.format != "native":
+        return (p.format,)
+    if p.tensor_parallel_degree == 1 and p.dtype in ("fp32", "int8"):
+        return "onnxruntime", "torch"
+    return ("torch",)
 
 
 def _runner(backend: str, folder: Path, c: Configuration) -> Runner:
@@ -158,6 +171,13 @@ def _runner(backend: str, folder: Path, c: Configuration) -> Runner:
         from handler.engines import onnx_t5
 
         return Scheduler(onnx_t5.load(folder, c), c.max_queue, c.encoder_cache << 20)
+    if backend == "torch":
+        from handler.engines import torch_t5
+
+        step_engine = torch_t5.load(folder, c)
+        scheduler = Scheduler(step_engine, c.max_queue, c.encoder_cache << 20)
+        step_engine.when_lost(scheduler.end)
+        return scheduler
     from handler.engines import hf_generate
 
     return Batcher(hf_generate.load(folder, c), c.max_queue)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from handler.checkpoints.architecture import T5_FAMILY, T5Architecture
 from handler.checkpoints.lora import MergedWeights
-from handler.checkpoints.read import Array, CheckpointWeights
+from handler.checkpoints.read import Array, CheckpointWeights, Index
 from handler.checkpoints.tensors import HEAD, check_tensors
 from handler.errors import LoadError
 
@@ -142,6 +142,9 @@ class _Parameters:
         copy = self.of_the_model[name].detach().to("cpu", torch.float32, copy=True)
         array: Array = copy.contiguous().numpy()
         return array
+
+    def part(self, name: str, shape: tuple[int, ...], index: Index) -> Array:
+        return self.get(name, shape)[index]
 
 
 def _listed(paths: Iterable[Path]) -> str:

@@ -18,8 +18,10 @@ from handler.engines.onnx_t5 import build
 from handler.engines.onnx_t5.choose import Forms
 from handler.engines.onnx_t5.layers import padded_head_size
 from handler.engines.onnx_t5.sessions import Binding, open_session
+from handler.engines.protocol import Sampler
 from handler.errors import LoadError
 from handler.machine import available_memory
+from handler.sampling import HostSampler
 from handler.tokenizer import Tokenizer
 
 
@@ -46,6 +48,7 @@ class OnnxT5StepEngine:
 
     # Prompts are encoded one by one: no padding, and the same bits whatever else waits.
     encode_tokens = 1
+    sampler: Sampler = HostSampler()
 
     def __init__(
         self,

@@ -1,0 +1,91 @@
+"""Decoding steps as CUDA graphs: one for each of a few numbers of rows, captured at load.
+
+A step launches hundreds of small kernels, which takes the host longer than the GPU computes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+# (tokens [n, 1], positions [n]) -> logits [n, 1, vocabulary]
+Step = Callable[[Tensor, Tensor], Tensor]
+# What computes the step again, from the same tensors into the one that it returns.
+Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
+
+
+class CudaGraphs:
+    """A step over 1 to max_rows rows. Rows beyond n up to the next captured number run, too, from
+    position 0: nobody reads what they come to, and whoever begins there writes over it."""
+
+    def __init__(
+        self, step: Step, max_rows: int, device: torch.device, capture: Capture | None = None
+    ) -> None:
+        start, before = time.monotonic(), _memory(device)
+        on_gpu = device.type == "cuda"
+        # on the host first: one copy to the device a step
+        self._host = torch.zeros(2, max_rows, dtype=torch.int64, pin_memory=on_gpu)
+        self._device = torch.zeros(2, max_rows, dtype=torch.int64, device=device)
+        capture = capture or _Capture(device)
+        self._graphs: dict[int, tuple[Callable[[], None], Tensor]] = {}
+        for rows in reversed(row_counts(max_rows)):  # the largest first: others use its memory
+            tokens, positions = self._device[0, :rows, None], self._device[1, :rows]
+            self._graphs[rows] = capture(lambda t=tokens, p=positions: step(t, p))  # type: ignore[misc]
+        self._counts = sorted(self._graphs)
+        logger.info(
+            "%d CUDA graphs of up to %d rows captured in %.1f s, %.0f MiB",
+            len(self._graphs),
+            max_rows,
+            time.monotonic() - start,
+            (_memory(device) - before) / 2**20,
+        )
+
+    def run(
+        self, n: int, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
+    ) -> Tensor:
+        """tokens [n, 1], positions [n] -> logits [n, 1, vocabulary], good until the next call"""
+        rows = next(count for count in self._counts if count >= n)
+        self._host[:, n:rows] = 0
+        self._host[0, :n] = torch.from_numpy(np.ascontiguousarray(tokens[:, 0]))
+        self._host[1, :n] = torch.from_numpy(np.ascontiguousarray(positions))
+        self._device.copy_(self._host, non_blocking=True)
+        replay, logits = self._graphs[rows]
+        replay()
+        return logits[:n]
+
+
+def row_counts(max_rows: int) -> list[int]:
+    """1, 2, 4, 8, then every 8th up to 32 and every 16th: little is computed for nobody."""
+    counts = {1, 2, 4, *range(8, 33, 8), *range(48, max_rows, 16), max_rows}
+    return sorted(count for count in counts if count <= max_rows)
+
+
+class _Capture:
+    """Captures steps that share one pool of memory, since only one runs at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(side):  # kernels are compiled and workspaces made before
+            step()
+        torch.cuda.current_stream(self._device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            logits = step()
+        return graph.replay, logits
+
+
+def _memory(device: torch.device) -> int:
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0

@@ -1,0 +1,181 @@
+"""The step engine on PyTorch: one process's rows, whether it holds the model or one rank's part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from handler.checkpoints.architecture import T5Architecture, relative_position_bucket
+from handler.engines.protocol import Sampler
+from handler.engines.torch_t5.cuda_graphs import Capture, CudaGraphs
+from handler.engines.torch_t5.kv_cache import EncodedPrompt, RowCache, StepMemory
+from handler.engines.torch_t5.model import T5
+from handler.engines.torch_t5.sampling import DeviceSampler
+from handler.sampling import HostSampler
+from handler.tokenizer import Tokenizer
+
+# Tokens of prompts that are encoded together: on a CPU as many keep it busy, a GPU wants more.
+_ENCODE_TOKENS_CPU, _ENCODE_TOKENS_GPU = 256, 4096
+
+
+class TorchT5StepEngine:
+    """See StepEngine. ``a``: the architecture of this process's part of the model.
+
+    Everything is computed on ``device``, where ``model`` is. On a GPU the last bits of logits may
+    differ with the number of rows, as matrix products there do.
+    """
+
+    def __init__(
+        self,
+        model: T5,
+        a: T5Architecture,
+        tokenizer: Tokenizer,
+        device: torch.device,
+        *,
+        max_rows: int,
+        max_input_tokens: int,
+        max_output_tokens: int,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.decoder_start_token_id = a.decoder_start_token_id
+        self.quality_warning = None
+        self.max_rows = max_rows
+        self.max_input_tokens = max_input_tokens
+        self.max_output_tokens = max_output_tokens
+        at_once = _ENCODE_TOKENS_GPU if device.type == "cuda" else _ENCODE_TOKENS_CPU
+        self.encode_tokens = max(at_once, max_input_tokens)
+        on_gpu = device.type == "cuda"
+        self.sampler: Sampler = DeviceSampler() if on_gpu else HostSampler()
+        self._model = model
+        self._device = device
+        dtype = model.dtype
+        self._rows = RowCache(a, max_rows, max_input_tokens, max_output_tokens, dtype, device)
+        encoder, decoder = model.encoder.relative_bias, model.decoder.relative_bias
+        self._encoder_bias = _by_distance(encoder, a, max_input_tokens, True).to(dtype)
+        self._decoder_bias = _by_distance(decoder, a, max_output_tokens, False).to(dtype)
+        self._decoder_bias[..., max_output_tokens:] = -torch.inf  # keys ahead of the token
+        self._has_kernels = False
+        self._graphs: CudaGraphs | None = None
+
+    def use_kernels(self) -> None:
+        """Decode with the kernels from now on. Raises ImportError where there is no Triton."""
+        from handler.engines.torch_t5.kernels import fuse
+
+        fuse(self._model)
+        self._has_kernels = True
+
+    def use_graphs(self, capture: Capture | None = None) -> None:
+        """Run the kernels as CUDA graphs from now on. All ranks of a model call it together. Raises
+        what CUDA and Triton do."""
+        self._use_device()
+        self._graphs = CudaGraphs(self._step, self.max_rows, self._device, capture)
+
+    def encode(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[EncodedPrompt] | None]:
+        """Encode together, yielding None after each layer and the prompts at the end."""
+        self._use_device()
+        lengths = [len(prompt) for prompt in prompts]
+        ids = torch.tensor([i for prompt in prompts for i in prompt], device=self._device)
+        encoded = None
+        for encoded in self._model.encode(ids, lengths, self._encoder_biases(max(lengths))):
+            if encoded is None:
+                self._wait()
+                yield None
+        assert encoded is not None
+        layers = []
+        for keys_values in self._model.cross_keys_values(encoded):
+            layers.append(keys_values)
+            self._wait()
+            yield None
+        parts = torch.split(torch.stack(layers), lengths, dim=3)
+        yield [EncodedPrompt(part.clone()) for part in parts]
+
+    def attach(self, handle: EncodedPrompt, row: int) -> None:
+        """Let ``row`` decode against this prompt, from its beginning."""
+        self._rows.attach(handle, row)
+
+    def decode(
+        self, n: int, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
+    ) -> Any:
+        """Tokens [n, q] of rows 0..n-1, the first at positions [n] -> logits [n, q, vocabulary]
+
+        They stay on the device for a sampler that works there.
+        """
+        self._use_device()
+        rows, q = self._rows, tokens.shape[1]
+        for row, position in enumerate(positions.tolist()):
+            rows.own_used[row] = max(rows.own_used[row], position + q)
+        if self._graphs is not None and q == 1:
+            logits = self._graphs.run(n, tokens, positions)
+        elif self._has_kernels and q == 1:
+            logits = self._step(self._moved(tokens), self._moved(positions))
+        else:
+            memory = StepMemory(
+                rows,
+                self._moved(positions[:, None] + np.arange(q)),
+                self._decoder_bias,
+                own=int(positions.max()) + q,
+                cross=max(rows.prompt_lengths[:n]),
+            )
+            logits = self._model.decode(self._moved(tokens), memory)
+        return logits if isinstance(self.sampler, DeviceSampler) else logits.cpu().numpy()
+
+    def _step(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """tokens [n, 1], positions [n] -> logits [n, 1, vocabulary], by kernels that read nothing
+        of the host: what a CUDA graph can hold."""
+        from handler.engines.torch_t5.kernels import KernelMemory
+
+        memory = KernelMemory(self._rows, positions, self._decoder_bias)
+        return self._model.decode(tokens, memory)
+
+    def move(self, src: int, dst: int) -> None:
+        """Row ``dst`` becomes what row ``src`` is."""
+        self._rows.move(src, dst)
+
+    def reorder(self, rows: Sequence[int], parents: Sequence[int]) -> None:
+        """Each of ``rows`` goes on from the tokens of its parent, a row on the same prompt."""
+        self._rows.reorder(rows, parents)
+
+    def when_lost(self, action: Callable[[str], None]) -> None:
+        """Never: one process is not lost to itself. See TensorParallelEngine."""
+
+    def close(self) -> None:
+        del self._model, self._rows
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _encoder_biases(self, s: int) -> Iterator[Tensor]:
+        """Of each layer [heads, s, s]; those of a layer's own table only when it is its turn."""
+        places = torch.arange(s, device=self._device)
+        index = places - places[:, None] + self.max_input_tokens - 1
+        biases = (table[:, index] for table in self._encoder_bias)
+        return biases if len(self._encoder_bias) > 1 else repeat(next(biases))
+
+    def _moved(self, numbers: npt.NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(numbers)).to(self._device, non_blocking=True)
+
+    def _use_device(self) -> None:
+        """Triton launches on the current device, which each thread has its own."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+
+    def _wait(self) -> None:
+        """Until the device is done: who decides what comes next goes by the time that passed."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
+
+def _by_distance(tables: Tensor, a: T5Architecture, longest: int, bidirectional: bool) -> Tensor:
+    """[tables, buckets, heads] -> [tables, heads, 2 * longest - 1], from the farthest key before"""
+    buckets = relative_position_bucket(
+        np.arange(1 - longest, longest),
+        bidirectional=bidirectional,
+        num_buckets=a.num_buckets,
+        max_distance=a.max_distance,
+    )
+    return tables[:, torch.from_numpy(buckets).to(tables.device)].transpose(1, 2).contiguous()

@@ -1,0 +1,95 @@
+"""A rank other than 0: it loads its part of the model and does what rank 0 does."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from handler.cli.common import start_log
+from handler.config import Configuration
+from handler.engines import torch_t5
+from handler.engines.torch_t5.engine import TorchT5StepEngine
+from handler.engines.torch_t5.kv_cache import EncodedPrompt
+from handler.engines.torch_t5.ranks import Link, process_group
+from handler.errors import one_line
+
+
+def follow(folder: Path, c: Configuration, rank: int, size: int, store: TCPStore) -> None:
+    """Load, and do as rank 0 does until it says that this is the end.
+
+    What fails here is told to rank 0, and raised.
+    """
+    link = Link(store, rank)
+    try:
+        part = torch_t5.load_part(folder, c, rank, size)
+        link.tell("loaded", part.rows)
+        _, (rows,) = link.receive()
+        part.join(process_group(store, rank, size, part.device))
+        commands = _Commands(part.engine(rows))
+        while (told := link.receive())[0] != "close":
+            commands.run(*told)
+    except EOFError:  # rank 0 is gone
+        raise
+    except BaseException as error:
+        link.tell("failed", one_line(f"rank {rank} of {size}: {error or type(error).__name__}"))
+        raise
+    dist.destroy_process_group()
+
+
+class _Commands:
+    """What rank 0 may ask for. Encoded prompts have numbers, which rank 0 gives."""
+
+    def __init__(self, engine: TorchT5StepEngine) -> None:
+        self._engine = engine
+        self._prompts: dict[int, EncodedPrompt] = {}
+        self._parts: Iterator[list[EncodedPrompt] | None] = iter(())
+        self._first = 0
+
+    def run(self, command: str, arguments: tuple[Any, ...]) -> None:
+        getattr(self, command)(*arguments)
+
+    def encode(self, prompts: list[list[int]], first: int) -> None:
+        self._parts, self._first = self._engine.encode(prompts), first
+
+    def encode_part(self) -> None:
+        encoded = next(self._parts)
+        if encoded is not None:
+            self._prompts.update(enumerate(encoded, self._first))
+
+    def forget(self, numbers: list[int]) -> None:
+        for number in numbers:
+            del self._prompts[number]
+
+    def attach(self, number: int, row: int) -> None:
+        self._engine.attach(self._prompts[number], row)
+
+    def decode(self, *arguments: Any) -> None:
+        self._engine.decode(*arguments)
+
+    def move(self, src: int, dst: int) -> None:
+        self._engine.move(src, dst)
+
+    def reorder(self, rows: list[int], parents: list[int]) -> None:
+        self._engine.reorder(rows, parents)
+
+
+def main() -> None:
+    """As rank 0 starts it: standard input tells what it is."""
+    told = json.load(sys.stdin)
+    start_log()
+    configuration = Configuration(**told["configuration"])
+    store = TCPStore("127.0.0.1", told["port"], told["size"], False)
+    follow(Path(told["folder"]), configuration, told["rank"], told["size"], store)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (Exception, KeyboardInterrupt):  # told to rank 0, which tells everybody
+        sys.exit(1)

@@ -92,6 +92,7 @@ class Aws:
     calls: list[str] = field(default_factory=list)
     fault: Fault | None = None
     on_call: dict[str, Callable[[], None]] = field(default_factory=dict)
+    buckets_owner: str = ACCOUNT
     _states: dict[str, _State] = field(default_factory=dict)
     _scaling_tags: dict[str, dict[str, str]] = field(default_factory=dict)
     _dead: bool = False
@@ -103,7 +104,7 @@ class Aws:
             backend.reset()
         self.outcomes, self.refusals, self.calls, self.fault = [], {}, [], None
         self._states, self._scaling_tags, self._dead = {}, {}, False
-        self.on_call = {}
+        self.on_call, self.buckets_owner = {}, ACCOUNT
         self.client("s3").create_bucket(Bucket=BUCKET)
         self.calls.clear()
 
@@ -193,6 +194,10 @@ class Aws:
     def _is_changing(self, name: str) -> bool:
         return name in self._states and self._states[name].outcome.looks > 0
 
+    def _before_HeadBucket(self, headers: Any) -> Any:
+        expected = headers.get("x-amz-expected-bucket-owner", self.buckets_owner)
+        return None if expected == self.buckets_owner else refused("403", "Forbidden", 403)
+
     def _before_CreateModel(self, request: Any) -> Any:
         taken = request["ModelName"] in sagemaker_backends[ACCOUNT][REGION]._models
         return refused(_INVALID, "Cannot create already existing model") if taken else None
@@ -275,6 +280,9 @@ def answered(**content: Any) -> Any:
 
 
 def _request(params: dict[str, Any]) -> Any:
+    """The body, or the headers of a call without."""
+    if not params.get("body"):
+        return params["headers"]
     try:
         return json.loads(params["body"])
     except (ValueError, TypeError, KeyError):

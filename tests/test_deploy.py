@@ -455,6 +455,15 @@ def test_a_bucket_that_is_not_there(cloud: Aws, command: list[str]) -> None:
     assert "there is no bucket nowhere: aws s3 mb s3://nowhere --region us-east-1 makes it" in said
 
 
+def test_a_default_bucket_that_somebody_else_has_taken(cloud: Aws, command: list[str]) -> None:
+    """Its name can be guessed; what is told by --bucket may be another account's."""
+    cloud.buckets_owner = "210987654321"
+    assert f"bucket {BUCKET} is not yours" in error(command)
+    assert cloud.changes() == []
+    cloud.client("s3").create_bucket(Bucket="shared")
+    main([*command, "--bucket", "shared"])
+
+
 def test_a_bucket_in_another_region(cloud: Aws, command: list[str]) -> None:
     cloud.client("s3").create_bucket(
         Bucket="far", CreateBucketConfiguration={"LocationConstraint": "eu-west-1"}

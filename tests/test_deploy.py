@@ -482,6 +482,23 @@ def test_without_credentials(command: list[str], monkeypatch: pytest.MonkeyPatch
     assert "Unable to locate credentials; set AWS_PROFILE or" in error(command)
 
 
+def test_without_boto3(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("boto3", "botocore")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    asked = ["--region", "us-east-1"]
+    for arguments in (
+        command,
+        ["logs", "t5", *asked],
+        ["delete", "t5", *asked],
+        ["invoke", "t5", "x", *asked],
+    ):
+        assert "needs the package boto3: pip install boto3" in error(arguments)
+    main([*command, "--dry-run"])
+    assert "create_endpoint" in capsys.readouterr().out
+
+
 def test_asks_first(
     cloud: Aws, command: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

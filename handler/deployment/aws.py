@@ -12,7 +12,7 @@ from typing import Any
 from handler.errors import LoadError
 
 # Of one HTTP request: botocore waits longer each time, and lets throttled calls wait, too.
-_ATTEMPTS = 8
+_ATTEMPTS = 5
 _REGION_VARIABLES = ("AWS_REGION", "AWS_DEFAULT_REGION")
 
 

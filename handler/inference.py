@@ -88,7 +88,8 @@ class Model:
         if isinstance(inputs, str):
             raise RequestError(f"inputs must be a list of strings, got {shown(inputs)}")
         parsed = parse_parameters(parameters, self.limits)
-        results = self.generate([GenerationRequest(text, parsed) for text in inputs])
+        requests = [GenerationRequest(text, parsed, log_probs=False) for text in inputs]
+        results = self.generate(requests)
         return [result.text for result in results]
 
     def generate(self, requests: list[GenerationRequest]) -> list[GenerationResult]:
@@ -218,7 +219,8 @@ class Model:
         ]
 
     def _single_draws(self, request: GenerationRequest) -> list[GenerationRequest]:
-        """Where several texts are drawn, a request for each, with a seed of its own."""
+        """Where several texts are drawn, a request for each, with a seed of its own, and with the
+        log-probabilities by which they are ranked."""
         p = request.parameters
         if p.num_return_sequences == 1 or p.num_beams > 1:
             return [request]

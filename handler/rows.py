@@ -37,7 +37,13 @@ class Row:
         self.search = search
         self.beam = beam
         guide = generation.guide and generation.guide.fork()
-        self.sampling = RowSampling(generation.parameters, token, generation.bad_words, guide)
+        self.sampling = RowSampling(
+            generation.parameters,
+            token,
+            generation.bad_words,
+            guide,
+            log_probs=generation.log_probs,
+        )
 
     @property
     def position(self) -> int:

@@ -9,8 +9,7 @@ import numpy as np
 
 from handler.beams import BeamSearch, largest
 from handler.continuation import TopToken
-from handler.errors import RequestError
-from handler.generation import Generation, not_a_number, nothing_left
+from handler.generation import Generation, not_a_number, nothing_left, too_few_texts
 from handler.sampling import (
     Floats,
     RowSampling,
@@ -37,7 +36,13 @@ class Row:
         self.search = search
         self.beam = beam
         guide = generation.guide and generation.guide.fork()
-        self.sampling = RowSampling(generation.parameters, token, generation.bad_words, guide)
+        self.sampling = RowSampling(
+            generation.parameters,
+            token,
+            generation.bad_words,
+            guide,
+            log_probs=generation.log_probs,
+        )
 
     @property
     def position(self) -> int:
@@ -139,10 +144,7 @@ def _advance(
             raise nothing_left(step)
         wanted = generation.parameters.num_return_sequences
         if len(search.best) < wanted:
-            raise RequestError(
-                f"parameter 'num_return_sequences' asks for {wanted} texts, of the form asked for "
-                f"there are only {len(search.best)}"
-            )
+            raise too_few_texts(wanted, len(search.best))
         generation.finish(search.best)
         return
     engine.reorder(places, [places[parent] for parent in chosen.parents])

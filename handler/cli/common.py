@@ -6,9 +6,11 @@ import argparse
 import logging
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from handler.config import Configuration, read_configuration, serving_properties
 from handler.errors import LoadError
@@ -23,6 +25,23 @@ _VARIABLES_THAT_NAME_A_MODEL = ("HF_MODEL_ID", "OPTION_MODEL_ID", "OPTION_S3URL"
 class ModelChoice:
     name: str
     configuration: Configuration
+
+
+class CommandParser(argparse.ArgumentParser):
+    """mixed: options may also stand between positional arguments that can be left out."""
+
+    def __init__(self, *, mixed: bool = False, **told: Any) -> None:
+        super().__init__(**told)
+        self._mixed = mixed
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if not self._mixed:
+            return super().parse_known_args(args, namespace)
+        self._mixed = False  # the call below comes here again
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._mixed = True
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,8 +60,19 @@ def start_log(quiet: bool = False) -> None:
         level=logging.WARNING if quiet else logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
     )
-    for chatty in ("httpx", "huggingface_hub", "transformers"):
+    for chatty in ("botocore", "httpx", "huggingface_hub", "transformers"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def confirm(question: str, yes: bool) -> None:
+    """Asks on the terminal, unless ``yes``. Raises LoadError unless it is answered with yes."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise LoadError("there is no terminal to ask on: --yes goes on without")
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise LoadError("nothing was done")
 
 
 def choose_model(model: str | None, options: Sequence[str]) -> ModelChoice:

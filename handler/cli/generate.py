@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         parameters = parse_parameters(raw, model.limits)
         requests = [
-            GenerationRequest(text, parameters)
+            GenerationRequest(text, parameters, log_probs=False)
             for text in filled(choice.configuration.prompt_template, prompts, {})
         ]
         for result in model.generate(requests):

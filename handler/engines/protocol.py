@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from handler.generation import Generation
-from handler.parameters import GenerationParameters
 from handler.sampling import RowSampling
 from handler.tokenizer import Tokenizer
 
@@ -33,15 +32,16 @@ class BatchEngine(Engine, Protocol):
     """Runs whole generations, a batch at a time.
 
     supported_parameters: names of the parameters it honours; a request that uses another one is
-    refused before it gets here. draws_seeds: it draws one for all requests of a batch that sample
-    and give none, and tells it as ``Generation.seed``.
+    refused before it gets here. scores: it honours ``Generation.forced``. draws_seeds: it draws one
+    for all requests of a batch that sample and give none, and tells it as ``Generation.seed``.
     """
 
     supported_parameters: frozenset[str]
+    scores: bool
     draws_seeds: bool
 
-    def batch_key(self, parameters: GenerationParameters) -> Hashable | None:
-        """Requests with equal keys may run in one batch; one whose key is None runs alone."""
+    def batch_key(self, generation: Generation) -> Hashable | None:
+        """Generations of equal keys may run in one batch; one whose key is None runs alone."""
         ...
 
     def generate(self, batch: Sequence[Generation]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -28,6 +29,19 @@ def commands_of(document: Path) -> list[str]:
 def test_every_command_is_one(document: Path) -> None:
     for command in commands_of(document):
         command_parser().parse_args(shlex.split(NEEDS.sub("", command)))
+
+
+def test_every_command_of_the_notebook_is_one() -> None:
+    notebook = json.loads((ROOT / "examples" / "flan-t5-xxl.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    text = "\n".join(cells).replace("\\\n", " ")
+    commands = re.findall(r"^!python -m handler ([^|\n]*)", text, re.MULTILINE)
+    assert [c.split()[0] for c in commands] == [
+        *("plan", "package", "check", "deploy", "deploy", "invoke", "logs"),
+        *("package", "check", "deploy", "invoke", "delete"),
+    ]
+    for command in commands:
+        command_parser().parse_args(shlex.split(command))
 
 
 QUICK_START = commands_of(ROOT / "docs" / "quick-start.md")

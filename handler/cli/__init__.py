@@ -11,8 +11,8 @@ from handler import __version__
 from handler.errors import LoadError, RequestError
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; an error of configuration or request is one line and exit status 1."""
+def command_parser() -> argparse.ArgumentParser:
+    """Of all commands; what it parses has ``run``, which takes it."""
     from handler.cli import (
         check,
         delete,
@@ -40,7 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         *(deploy, invoke, logs, delete),
     ):
         command.add_to(commands)
-    parsed = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; an error of configuration or request is one line and exit status 1."""
+    parsed = command_parser().parse_args(arguments)
     try:
         parsed.run(parsed)
     except (LoadError, RequestError) as error:

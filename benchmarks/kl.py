@@ -66,6 +66,12 @@ def attach(engine: StepEngine, prompts: Sequence[Sequence[int]]) -> None:
         engine.attach(handles[0], row)
 
 
+def logits_of(engine: StepEngine, read: npt.NDArray[np.int64], step: int) -> Array:
+    """[rows, vocabulary]"""
+    logits = engine.decode(len(read), read[:, [step]], np.full(len(read), step))
+    return engine.sampler.on_host(logits)[:, 0]
+
+
 def greedy(
     engine: StepEngine, prompts: Sequence[Sequence[int]], tokens: int
 ) -> npt.NDArray[np.int64]:
@@ -76,7 +82,7 @@ def greedy(
     read[:, 0] = engine.decoder_start_token_id
     ended = np.zeros(n, bool)
     for step in range(tokens - 1):
-        logits = engine.decode(n, read[:, [step]], np.full(n, step))[:, 0]
+        logits = logits_of(engine, read, step)
         chosen = logits[:, : engine.tokenizer.size].argmax(-1)
         read[:, step + 1] = np.where(ended, EOS, chosen)
         ended |= chosen == EOS
@@ -88,11 +94,7 @@ def log_probs(
 ) -> Array:
     """[places, vocabulary]: before every token of the texts, each to its ``</s>``."""
     attach(engine, prompts)
-    steps = range(read.shape[1])
-    n = len(read)
-    logits = np.stack(
-        [engine.decode(n, read[:, [step]], np.full(n, step))[:, 0].copy() for step in steps], 1
-    )
+    logits = np.stack([logits_of(engine, read, k).copy() for k in range(read.shape[1])], axis=1)
     ended = np.cumsum(read == EOS, axis=1) > 0
     scores = logits[~ended][:, : engine.tokenizer.size].astype(np.float64)
     scores -= scores.max(-1, keepdims=True)
@@ -117,7 +119,7 @@ def main() -> None:
     read = greedy(engine, prompts, arguments.tokens)
     right = log_probs(engine, prompts, read)
     engine.close()
-    print(f"{arguments.model}: {len(right)} places in {len(prompts)} texts of {' '.join(REFERENCE)}")
+    print(f"{arguments.model}: {len(right)} places in {len(prompts)} texts of torch fp32")
     print("| engine, dtype | mean KL, nats | 99 % of KL below | the same likeliest token |")
     print("|---|---|---|---|")
     for backend, dtype in COMPARED:

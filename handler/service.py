@@ -351,7 +351,7 @@ class Service:
         answers = [asyncio.wrap_future(future) for future in submitted.futures]
         try:
             await asyncio.wait(answers, timeout=deadline.left, return_when=asyncio.FIRST_EXCEPTION)
-            if _tokens_done(submitted) > _LONG_ANSWER:
+            if tokens_done(submitted) > _LONG_ANSWER:
                 return await asyncio.to_thread(self._collect, submitted, deadline)
             return self._collect(submitted, deadline)
         finally:
@@ -422,7 +422,7 @@ def _cancel(submitted: Submitted | Reply) -> None:
             future.cancel()
 
 
-def _tokens_done(submitted: Submitted) -> int:
+def tokens_done(submitted: Submitted) -> int:
     futures = (f for f in submitted.futures if f.done() and not f.cancelled())
     results = (future.result() for future in futures if future.exception() is None)
     return sum(len(one.token_ids) for r in results for one in (r, *r.alternatives))

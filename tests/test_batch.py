@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import itertools
 import json
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from conftest import ROOT
 
 from handler.cli import main
 from handler.engines import Model
+from handler.engines.onnx_t5.engine import OnnxT5StepEngine
 
 WAIT = 120
 BAD_EVERY = 97  # lines
@@ -231,6 +234,46 @@ def test_stopped_by_a_signal_it_tells_how_to_go_on(tmp_path: Path, out: Path) ->
         bad = len(range(0, lines, BAD_EVERY))
         assert [each["id"] for each in read_lines(out)][-1] <= lines
         assert len(read_lines(out)) == lines - bad
+
+
+# An engine that fails
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, lines: Callable[[int], bool]) -> None:
+    """The engine fails on those steps that ``lines`` says."""
+    decode, step = OnnxT5StepEngine.decode, itertools.count()
+
+    def sometimes(*arguments: Any) -> Any:
+        if lines(next(step)):
+            raise RuntimeError("device lost")
+        return decode(*arguments)
+
+    monkeypatch.setattr(OnnxT5StepEngine, "decode", sometimes)
+
+
+def test_an_engine_that_is_broken_makes_no_bad_lines(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = write_lines(tmp_path / "in.jsonl", ["Write 7 in words."] * 300)
+    with monkeypatch.context() as broken:
+        failing(broken, lambda step: step >= 9)
+        assert "the engine failed on 101 lines in a row, the first is line " in refused(given, out)
+    assert read_lines(Path(f"{out}.errors")) == []
+    assert done(given, out) == f"{out}: 300 lines answered"
+
+
+def test_a_failure_now_and_then_is_its_lines(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = write_lines(tmp_path / "in.jsonl", ["Write 7 in words."] * 100)
+    failing(monkeypatch, lambda step: step == 9)
+    done(given, out)
+    told = read_lines(Path(f"{out}.errors"))
+    assert told
+    assert {(each["code"], each["error"]) for each in told} == {
+        (424, "the engine failed: RuntimeError: device lost")
+    }
+    assert len(read_lines(out)) == 100 - len(told)
 
 
 # What is not gone on with

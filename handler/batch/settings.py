@@ -13,11 +13,12 @@ from handler.batch.lines import LineForm
 from handler.checkpoints.find import find_adapter, find_checkpoint
 from handler.checkpoints.selection import ADAPTER, CHECKPOINT, Selection
 from handler.config import Configuration
+from handler.engines import choose_backend
 
 # Where the model lies, which its digest stands for, and what changes the speed alone.
 _WITHOUT_EFFECT = frozenset(
     """
-    model_id revision s3url merge_adapter model_dir cache_dir threads max_rows max_queue
+    backend model_id revision s3url merge_adapter model_dir cache_dir threads max_rows max_queue
     encoder_cache request_timeout log_prompts save_mp_checkpoint_path model_path_on_host
     enable_streaming trust_remote_code strict_dtype
     """.split()
@@ -28,10 +29,12 @@ _ENDS = 1 << 20  # bytes of a weight file's beginning and end; training changes 
 def settings_of(c: Configuration, form: LineForm) -> dict[str, Any]:
     """name, as a person set it -> value. Finds, and so downloads, the checkpoint. Raises
     LoadError."""
-    adapter = find_adapter(c)
+    adapter, checkpoint = find_adapter(c), find_checkpoint(c)
+    backend, _ = choose_backend(c, checkpoint)
     return {
         "the version of this handler": __version__,
-        "the checkpoint": _digest(find_checkpoint(c), CHECKPOINT),
+        "the engine": backend,
+        "the checkpoint": _digest(checkpoint, CHECKPOINT),
         "option.merge_adapter": adapter and _digest(adapter, ADAPTER),
         "--parameters": dict(form.parameters),
         "--input-field": form.input_field,

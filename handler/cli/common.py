@@ -54,7 +54,7 @@ def choose_model(model: str | None, options: Sequence[str]) -> ModelChoice:
     environment. A folder that holds a checkpoint is not passed over for one that the environment
     names. Raises LoadError.
     """
-    command_line = dict(map(_split, options))
+    command_line = dict(map(split_option, options))
     properties: dict[str, str] = {}
     environment = dict(os.environ)
     if model is None and not _names_a_model(command_line):
@@ -83,7 +83,8 @@ def json_object(text: str, option: str) -> dict[str, Any]:
     return value
 
 
-def _split(option: str) -> tuple[str, str]:
+def split_option(option: str) -> tuple[str, str]:
+    """What --option was given. Raises LoadError."""
     name, equals, value = option.partition("=")
     if not equals or not name:
         raise LoadError(f"--option {option} must be NAME=VALUE")

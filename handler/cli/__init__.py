@@ -13,7 +13,7 @@ from handler.errors import LoadError, RequestError
 
 def command_parser() -> argparse.ArgumentParser:
     """Of all commands; what it parses has ``run``, which takes it."""
-    from handler.cli import delete, deploy, generate, invoke, logs, package, partition, serve
+    from handler.cli import batch, delete, deploy, generate, invoke, logs, package, partition, serve
     from handler.cli.common import CommandParser
 
     parser = argparse.ArgumentParser(
@@ -23,7 +23,7 @@ def command_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=CommandParser
     )
-    for command in (serve, generate, partition, package, deploy, invoke, logs, delete):
+    for command in (serve, generate, batch, partition, package, deploy, invoke, logs, delete):
         command.add_to(commands)
     return parser
 

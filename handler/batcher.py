@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 class Batcher(Runner):
     """Owns a batch engine, which only its thread calls."""
 
+    pads_prompts = True
+
     def __init__(self, engine: BatchEngine, max_queue: int) -> None:
         super().__init__(engine, max_queue)
         self.supported_parameters = engine.supported_parameters

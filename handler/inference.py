@@ -75,6 +75,11 @@ class Model:
         return self._runner.healthy
 
     @property
+    def pads_prompts(self) -> bool:
+        """Whether a batch of prompts takes as long as if all were as long as the longest."""
+        return self._runner.pads_prompts
+
+    @property
     def encoder_cache_use(self) -> tuple[int, int]:
         """Prompts that were found in the cache of encoded prompts, and those that were not."""
         return self._runner.encoder_cache_use

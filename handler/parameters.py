@@ -313,6 +313,13 @@ def parse_parameters(
     return parameters
 
 
+def with_defaults(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """``raw``, and of ``defaults`` what it has under none of that parameter's names."""
+    sent = {_CANONICAL.get(name, name) for name in raw}
+    kept = {n: value for n, value in defaults.items() if _CANONICAL.get(n, n) not in sent}
+    return {**kept, **raw}
+
+
 def random_seed() -> int:
     """A seed for a request that gives none."""
     return random.SystemRandom().randrange(MAX_SEED + 1)

@@ -114,12 +114,13 @@ def serving(
     environment: dict[str, str] | None = None,
     python: str = sys.executable,
     log: list[str] | None = None,
+    cwd: Path = ROOT,
 ) -> Iterator[tuple[httpx.Client, subprocess.Popen[str]]]:
     """A server process and a client of it; SIGTERM at the end. ``log`` takes its lines."""
     log = [] if log is None else log
     process = subprocess.Popen(
         [python, "-m", "handler", "serve", "--port", "0", *arguments],
-        cwd=ROOT,
+        cwd=cwd,
         env={**os.environ, **(environment or {})},
         stderr=subprocess.PIPE,
         text=True,

@@ -14,6 +14,7 @@ from handler.errors import LoadError, RequestError
 def command_parser() -> argparse.ArgumentParser:
     """Of all commands; what it parses has ``run``, which takes it."""
     from handler.cli import (
+        batch,
         check,
         delete,
         deploy,
@@ -35,7 +36,7 @@ def command_parser() -> argparse.ArgumentParser:
         dest="command", required=True, metavar="COMMAND", parser_class=CommandParser
     )
     for command in (
-        *(serve, generate, partition),
+        *(serve, generate, batch, partition),
         *(package, check, plan),
         *(deploy, invoke, logs, delete),
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from handler.config import Configuration, read_configuration, serving_properties
-from handler.errors import LoadError
+from handler.errors import LoadError, RequestError
 
 # Lies in a source checkout, not in an installed package or a model tarball.
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo" / "model"
@@ -98,6 +99,17 @@ def choose_model(model: str | None, options: Sequence[str]) -> ModelChoice:
         command_line=command_line, properties=properties, environment=environment
     )
     return ModelChoice(_name(configuration), configuration)
+
+
+def json_object(text: str, option: str) -> dict[str, Any]:
+    """What a command's option holds. Raises RequestError."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{option} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise RequestError(f"{option} must be a JSON object, got {text}")
+    return value
 
 
 def split_option(option: str) -> tuple[str, str]:

@@ -92,7 +92,9 @@ class TorchT5StepEngine:
             layers.append(keys_values)
             self._wait()
             yield None
-        parts = torch.split(torch.stack(layers), lengths, dim=3)
+        together = torch.stack(layers)
+        layers.clear()
+        parts = torch.split(together, lengths, dim=3)
         yield [EncodedPrompt(part.clone()) for part in parts]
 
     def attach(self, handle: EncodedPrompt, row: int) -> None:

@@ -179,7 +179,7 @@ def test_requirements_are_the_images(demo: Path, tmp_path: Path, image: str) -> 
     names = {line.split(">")[0] for line in lines}
     assert "torch" not in names
     assert ("onnxruntime" in names) == (image == "djl-cpu")
-    assert ("transformers" in names) == (image == "pytorch-gpu")
+    assert "transformers" not in names
     assert ("llguidance" in names) == (image != "fastertransformer")
 
 

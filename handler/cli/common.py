@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import re
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 
 from handler.config import Configuration, read_configuration
 from handler.errors import LoadError
+from handler.log import start_log as start_log
 
 # Lies in a source checkout, not in an installed package or a model tarball.
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo" / "model"
@@ -52,16 +52,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="a property, as option.NAME=VALUE in serving.properties; may be repeated",
     )
-
-
-def start_log(quiet: bool = False) -> None:
-    """Our own log and warnings to stderr."""
-    logging.basicConfig(
-        level=logging.WARNING if quiet else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-    )
-    for chatty in ("botocore", "httpx", "huggingface_hub", "transformers"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def confirm(question: str, yes: bool) -> None:

@@ -281,8 +281,8 @@ REFUSED = {
         ["--partition", "--option", "s3url=s3://b/p"],
         "leave one of the two out",
     ),
-    "no address": (["--s3url", "http://b/p"], "--s3url http://b/p must begin with s3://"),
-    "no hub id": (["--model-id", "/nowhere"], "--model-id /nowhere: no such folder"),
+    "no address": (["--s3url", "http://b/p"], "option.s3url=http://b/p must begin with s3://"),
+    "no hub id": (["--model-id", "/nowhere"], "option.model_id=/nowhere: no such folder"),
     "entry point": (["--entry-point", "/nowhere.py"], "/nowhere.py cannot be read"),
     "for the wheel": (
         ["--image", "fastertransformer", "--option", "dtype=int8"],

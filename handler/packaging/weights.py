@@ -93,11 +93,11 @@ def _elsewhere(
     model: str | None, place: str, settings: ServingProperties, c: Configuration
 ) -> Weights:
     if c.s3url is not None and c.model_id is not None:
-        raise LoadError("--s3url and --model-id are both told; leave one out")
+        raise LoadError("option.s3url and option.model_id are both set; unset one")
     if c.s3url is not None and not place.startswith("s3://"):
-        raise LoadError(f"--s3url {place} must begin with s3://")
+        raise LoadError(f"option.s3url={place} must begin with s3://")
     if not place.startswith("s3://") and not is_hub_id(place):
-        raise LoadError(f"--model-id {place}: no such folder, and not a model id of the hub")
+        raise LoadError(f"option.model_id={place}: no such folder, and not a model id of the hub")
     if model is not None and c.model_dir is None:
         raise LoadError(
             f"MODEL {model} is no folder, and the weights come from {place}: leave MODEL out"

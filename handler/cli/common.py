@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import re
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 
 from handler.config import Configuration, read_configuration, serving_properties
 from handler.errors import LoadError, RequestError
+from handler.log import start_log as start_log
 
 # Lies in a source checkout, not in an installed package or a model tarball.
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo" / "model"
@@ -53,16 +53,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="a property, as option.NAME=VALUE in serving.properties; may be repeated",
     )
-
-
-def start_log(quiet: bool = False) -> None:
-    """Our own log and warnings to stderr."""
-    logging.basicConfig(
-        level=logging.WARNING if quiet else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-    )
-    for chatty in ("botocore", "httpx", "huggingface_hub", "transformers"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def confirm(question: str, yes: bool) -> None:

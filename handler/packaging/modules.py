@@ -1,8 +1,9 @@
-"""Which files of this package serve: those that an entry point imports, directly or not."""
+"""Which files of this package serve: those that an entry point imports or runs, directly or not."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from handler.errors import LoadError
 _ROOT = Path(handler.__file__).parent
 _NAME = handler.__name__
 _SERVES = f"{_NAME}.model"
+_MODULE = re.compile(rf"{_NAME}(\.\w+)+")
 
 
 def serving_files(entry_point: str, name: str) -> dict[str, Path]:
@@ -43,10 +45,12 @@ def _imports_of(file: Path) -> frozenset[str]:
 
 
 def _imported(tree: ast.AST) -> Iterator[str]:
-    """Modules of ours, and the packages that they are in; names that are no modules among them."""
+    """Modules of ours and the packages that they are in, and names of none among them."""
     for node in ast.walk(tree):
         names: list[str] = []
-        if isinstance(node, ast.Import):
+        if isinstance(node, ast.Constant) and _MODULE.fullmatch(str(node.value)):
+            names = [str(node.value)]  # of a module that a process of its own runs
+        elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]

@@ -117,12 +117,8 @@ def _members(order: Order, weights: Weights, work: Path) -> list[Member]:
     files: dict[str, Path] = {}
     for name, text in {"model.py": entry_point, **modules}.items():
         files |= serving_files(text, name)
-    lines = requirements_of(
-        order.image,
-        weights.settings.configuration,
-        weights.model_type,
-        native_partition=weights.native_partition,
-    )
+    configuration = weights.settings.configuration
+    lines = requirements_of(order.image, configuration, weights.model_type)
     if order.folder is not None and (order.folder / FILE).is_file():
         lines += own_requirements(order.folder / FILE, order.image)
     ours = {

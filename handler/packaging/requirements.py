@@ -18,19 +18,15 @@ _OFFLINE = f"--no-index\n--find-links {WHEELS}\n"
 THE_IMAGES_OWN = ("torch", "torchvision", "torchaudio", "vllm", "triton")
 
 
-def requirements_of(
-    image: Image, c: Configuration, model_type: str | None, *, native_partition: bool = False
-) -> list[str]:
+def requirements_of(image: Image, c: Configuration, model_type: str | None) -> list[str]:
     """What ``image`` lacks to serve this model. model_type: None where it is not known.
 
-    native_partition: the archive holds a partition that the CPU engine reads.
+    A T5 runs on torch where there are GPUs, on ONNX Runtime where there are none.
     """
     lines = list(image.requirements)
-    if not image.gpu or native_partition or c.backend == "onnxruntime":
+    if not image.gpu or c.backend == "onnxruntime":
         lines += image.onnx
-    other_model = model_type is not None and model_type not in T5_FAMILY
-    half = c.dtype in ("fp16", "bf16")  # which the CPU engine does not compute in
-    if image.gpu or other_model or half or c.backend == "transformers":
+    if model_type not in T5_FAMILY or c.backend == "transformers":
         lines += image.transformers_requirements
     return lines
 

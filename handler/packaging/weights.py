@@ -42,14 +42,12 @@ class Weights:
     """members: files for the archive. settings: with what the endpoint must be told of them.
 
     place: "inside", or where the endpoint gets them. model_type: None where it is not known.
-    native_partition: they are partitioned in our own layout.
     """
 
     members: list[Member]
     settings: ServingProperties
     place: str
     model_type: str | None
-    native_partition: bool = False
 
 
 def find_weights(
@@ -82,25 +80,24 @@ def find_weights(
     settings = settings.without("model_id", "s3url", "revision")
     model_type = model_config(source)["model_type"]
     _check(image, source, model_type, c, partitioned)
-    native = read_partition(source) is not None
     if partitioned:
         native = image.name != "fastertransformer"
         source = _partitioned(source, c, work, native, progress)
         settings, c = settings.without("merge_adapter"), replace(c, merge_adapter=None)
     members = _files(source, with_python=folder is None and c.trust_remote_code, image=image)
     adapter, settings = _adapter(settings, c)
-    return Weights([*members, *adapter], settings, INSIDE, model_type, native)
+    return Weights([*members, *adapter], settings, INSIDE, model_type)
 
 
 def _elsewhere(
     model: str | None, place: str, settings: ServingProperties, c: Configuration
 ) -> Weights:
     if c.s3url is not None and c.model_id is not None:
-        raise LoadError("--s3url and --model-id are both told; leave one out")
+        raise LoadError("option.s3url and option.model_id are both set; unset one")
     if c.s3url is not None and not place.startswith("s3://"):
-        raise LoadError(f"--s3url {place} must begin with s3://")
+        raise LoadError(f"option.s3url={place} must begin with s3://")
     if not place.startswith("s3://") and not is_hub_id(place):
-        raise LoadError(f"--model-id {place}: no such folder, and not a model id of the hub")
+        raise LoadError(f"option.model_id={place}: no such folder, and not a model id of the hub")
     if model is not None and c.model_dir is None:
         raise LoadError(
             f"MODEL {model} is no folder, and the weights come from {place}: leave MODEL out"

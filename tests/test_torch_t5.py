@@ -200,21 +200,23 @@ def test_broken_numbers_of_a_row_stay_in_it(engine: StepEngine) -> None:
     """0 weighs a NaN as NaN: none may be left behind in a row that others take over."""
     short, long = encoded(engine, [[5, 6, 7], random_ids(60).tolist()])
     broken = EncodedPrompt(torch.full_like(long.keys_values, torch.nan))
-    tokens = random_ids(2, 8)
-    start(engine, short, long)
-    expected = stepped(engine, tokens)
-    start(engine, broken, long)
-    beside = stepped(engine, tokens)
-    assert np.isnan(beside[0]).all()
-    assert_equal("torch", beside[1], expected[1])
-    for row in (0, 1):  # broken for longer than what comes next will last
-        start(engine, *[broken if place == row else long for place in (0, 1)])
-        stepped(engine, random_ids(2, 50))
-        start(engine, short, long)
-        assert_equal("torch", stepped(engine, tokens), expected)
-    start(engine, short, broken)
-    stepped(engine, random_ids(2, 50))
-    engine.move(0, 1)
-    engine.attach(short, 0)
-    engine.attach(long, 1)
-    assert_equal("torch", stepped(engine, tokens), expected)
+    tokens = random_ids(2, 28)
+
+    def decoded_after(first: EncodedPrompt, move: bool) -> np.ndarray:
+        """Logits of row 1, and of row 0 that begins anew 20 tokens behind it, so that places ahead
+        of its own are looked at."""
+        start(engine, first, long)
+        before = stepped(engine, tokens[:, :20])
+        assert np.isnan(before[0]).all() == (first is broken)
+        if move:
+            engine.attach(short, 2)
+            engine.move(2, 0)
+        else:
+            engine.attach(short, 0)
+        steps = [
+            engine.decode(2, tokens[:, [20 + k]], np.array([k, 20 + k])).copy() for k in range(8)
+        ]
+        return np.concatenate([before[1, None], *(step.swapaxes(0, 1) for step in steps)], axis=1)
+
+    for move in (False, True):
+        assert_equal("torch", decoded_after(broken, move), decoded_after(short, move))

@@ -18,10 +18,13 @@ test: $(VENV)/test.done  ## install, then run the tests (8 minutes at most on 2 
 test-long: $(VENV)/test-long.done  ## the tests that take longer
 	$(BIN)/python -m pytest -m long $(ARGS)
 
-lint: $(VENV)/test.done  ## format, lint, types
+lint: $(VENV)/test.done  ## format, lint, types, containers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/*.Dockerfile
+	$(BIN)/shellcheck docker/run.sh
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
 
 bench: $(VENV)/bench.done  ## time a server of the demo under load, beside static batches and transformers
 	$(BIN)/python benchmarks/serve.py $(ARGS)

@@ -1,4 +1,4 @@
-"""DJLServing looks for model.py in a model folder; the work is done in the package beside it."""
+"""DJLServing looks for model.py; the package handler beside it does the work."""
 
 from handler.model import handle, partition
 

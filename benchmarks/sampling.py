@@ -4,6 +4,8 @@ The engine decodes B rows of real prompts step by step; after each step one set 
 chooses the tokens, with a B-row state of its own, and the sets take turns. So every set meets the
 engine's own logits, just written. The texts go on from the best tokens, the same for all sets.
 
+A set's rows want no log-probabilities, as requests that do not ask for them; those named so do.
+
 choose: ms that choose_tokens takes; CPU: its thread's CPU time, which other processes disturb less;
 adds: the first in per cent of a step of the engine alone. Medians over the steps of all
 generations. Targets, for 16 rows: greedy and temperature+top_k+top_p add at most 5 %, all together
@@ -41,10 +43,13 @@ _PENALTIES: dict[str, Any] = {
 _USUAL: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.9}
 SETS: dict[str, dict[str, Any]] = {
     "greedy": {},
+    "greedy, log-probs": {},
     "temperature+top_k+top_p": _USUAL,
+    "the same, log-probs": _USUAL,
     "temperature": {"do_sample": True, "temperature": 0.7},
     "top_k": {"do_sample": True, "top_k": 50},
     "top_p": {"do_sample": True, "top_p": 0.9},
+    "top_p, peaked": {"do_sample": True, "top_p": 0.9, "temperature": 0.2},
     "top_p, flat": {"do_sample": True, "top_p": 0.9, "temperature": 5.0},
     "typical_p": {"do_sample": True, "typical_p": 0.9},
     "repetition_penalty": {"repetition_penalty": 1.2},
@@ -175,7 +180,11 @@ def _rows(name: str, batch: int, random: np.random.Generator) -> list[RowSamplin
     if name in _WITH_BAD_WORDS:
         lengths = [1] * 50 + [2] * 50
         bad_words = [random.integers(FIRST_WORD, TOKENS, n).tolist() for n in lengths]
-    return [RowSampling(replace(p, seed=row), bad_words=bad_words) for row in range(batch)]
+    wanted = name.endswith("log-probs")
+    return [
+        RowSampling(replace(p, seed=row), bad_words=bad_words, log_probs=wanted)
+        for row in range(batch)
+    ]
 
 
 if __name__ == "__main__":

@@ -24,9 +24,12 @@ logger = logging.getLogger(__name__)
 class Batcher(Runner):
     """Owns a batch engine, which only its thread calls."""
 
+    pads_prompts = True
+
     def __init__(self, engine: BatchEngine, max_queue: int) -> None:
         super().__init__(engine, max_queue)
         self.supported_parameters = engine.supported_parameters
+        self.scores = engine.scores
         self.draws_seeds = engine.draws_seeds
         self._engine = engine
         self._running: list[Generation] = []
@@ -54,6 +57,8 @@ class Batcher(Runner):
 
     def _run_batch(self) -> None:
         self._running = self._take_batch()
+        for generation in self._running:
+            generation.started()
         if self._running:
             self._generate()
 
@@ -62,13 +67,12 @@ class Batcher(Runner):
         first = self._waiting.take(1)
         if not first:
             return []
-        parameters = first[0].parameters
-        key = self._engine.batch_key(parameters)
-        rows = self._engine.max_rows // parameters.num_beams
+        key = self._engine.batch_key(first[0])
+        rows = self._engine.max_rows // first[0].rows
         if key is None or rows < 2:
             return first
         return first + self._waiting.take(
-            rows - 1, lambda other: self._engine.batch_key(other.parameters) == key
+            rows - 1, lambda other: self._engine.batch_key(other) == key
         )
 
     def _generate(self) -> None:

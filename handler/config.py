@@ -8,7 +8,6 @@ call only; what later calls carry as properties are client headers and never rea
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -16,7 +15,17 @@ from pathlib import Path
 from typing import Any, Union
 
 from handler.errors import LoadError, nearest, shown
-from handler.prompt_template import TemplateError, placeholders
+from handler.property_checks import (
+    Refused,
+    boolean,
+    choice,
+    degree,
+    integer,
+    seconds,
+    streaming,
+    template,
+    text,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -34,91 +43,11 @@ MAX_ROWS_ON_CPU, MAX_ROWS_ON_GPU = 16, 64
 Degree = Union[int, str]
 
 
-class _Refused(ValueError):
-    """How the sentence "option.x must be ..." goes on."""
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if not isinstance(value, str):
-        raise _Refused("a string")
-    return value
-
-
-def _choice(*allowed: str) -> Callable[[Any], str]:
-    def convert(value: Any) -> str:
-        name = str(value).lower()
-        if name not in allowed:
-            raise _Refused(f"one of {', '.join(allowed)}")
-        return name
-
-    return convert
-
-
 def _dtype(value: Any) -> str:
     try:
         return _DTYPE_NAMES[str(value).lower()]
     except KeyError:
-        raise _Refused(f"one of {', '.join(DTYPES)}") from None
-
-
-def _integer(lowest: int) -> Callable[[Any], int]:
-    def convert(value: Any) -> int:
-        refused = _Refused(f"an integer of at least {lowest}")
-        if isinstance(value, (bool, float)):
-            raise refused
-        try:
-            number = int(value)
-        except (TypeError, ValueError):
-            raise refused from None
-        if number < lowest:
-            raise refused
-        return number
-
-    return convert
-
-
-def _degree(value: Any) -> Degree:
-    if isinstance(value, str) and value.lower() == "max":
-        return "max"
-    try:
-        return _integer(1)(value)
-    except _Refused:
-        raise _Refused('an integer of at least 1, or "max"') from None
-
-
-def _seconds(value: Any) -> float:
-    refused = _Refused("a number of seconds above 0")
-    if isinstance(value, bool):
-        raise refused
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise refused from None
-    if not 0 < number < float("inf"):
-        raise refused
-    return number
-
-
-def _boolean(value: Any) -> bool:
-    names = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    try:
-        return names[str(value).lower()]
-    except KeyError:
-        raise _Refused("true or false") from None
-
-
-def _streaming(value: Any) -> bool:
-    return str(value).lower() == "huggingface" or _boolean(value)  # DJL's name of one of its ways
-
-
-def _template(value: Any) -> str:
-    try:
-        placeholders(_text(value))
-    except TemplateError:
-        raise _Refused("a text that contains {input} and doubles other braces ({{ for {)") from None
-    return str(value)
+        raise Refused(f"one of {', '.join(DTYPES)}") from None
 
 
 def _property(
@@ -149,24 +78,24 @@ class Configuration:
 
     model_id: str | None = _property(
         None,
-        _text,
+        text,
         "The weights: a folder, a model id of the Hugging Face hub, or s3://bucket/prefix.",
         example="google/flan-t5-xl",
         environment=("HF_MODEL_ID",),
         default_text="the model folder",
     )
     revision: str | None = _property(
-        None, _text, "Branch, tag or commit of a model id.", example="main"
+        None, text, "Branch, tag or commit of a model id.", example="main"
     )
     s3url: str | None = _property(
         None,
-        _text,
+        text,
         "The weights, in S3; the same as model_id with such an address.",
         example="s3://my-bucket/flan-t5-xxl/",
     )
     backend: str = _property(
         "auto",
-        _choice(*BACKENDS),
+        choice(*BACKENDS),
         "The engine that computes; auto takes the fastest that serves this model here.",
         example="transformers",
     )
@@ -181,18 +110,18 @@ class Configuration:
     )
     tensor_parallel_degree: Degree = _property(
         1,
-        _degree,
+        degree,
         'GPUs that share the model; "max" takes all that the worker is given. Under MPI it must be '
         "the number of ranks. On a CPU: processes that share it. See docs/tensor-parallel.md.",
         example="4",
         environment=("TENSOR_PARALLEL_DEGREE",),
     )
     pipeline_parallel_degree: int = _property(
-        1, _integer(1), "Groups of layers on different GPUs.", example="1"
+        1, integer(1), "Groups of layers on different GPUs.", example="1"
     )
     max_rows: int | None = _property(
         None,
-        _integer(1),
+        integer(1),
         "Texts generated at the same time.",
         example="32",
         aliases=("max_rolling_batch_size",),
@@ -200,54 +129,54 @@ class Configuration:
     )
     max_input_tokens: int = _property(
         1024,
-        _integer(1),
+        integer(1),
         "Longest input; a longer one is refused unless the request sets truncate.",
         example="2048",
     )
     max_output_tokens: int = _property(
-        512, _integer(1), "Most tokens a request may ask for.", example="256"
+        512, integer(1), "Most tokens a request may ask for.", example="256"
     )
     response_schema: str = _property(
         "outputs",
-        _choice("outputs", "lmi", "tgi"),
+        choice("outputs", "lmi", "tgi"),
         'Form of an answer: {"outputs": [...]}, LMI\'s {"generated_text": ...}, or LMI\'s in a '
         "list as TGI has it.",
         example="lmi",
     )
     request_timeout: float = _property(
         55.0,
-        _seconds,
+        seconds,
         "Seconds until a request is answered 504; SageMaker itself gives up after 60. MPI ranks "
         "wait for DJLServing's predict_timeout instead.",
         example="20",
     )
     max_queue: int = _property(
-        1000, _integer(1), "Waiting prompts beyond which requests are answered 503.", example="200"
+        1000, integer(1), "Waiting prompts beyond which requests are answered 503.", example="200"
     )
     encoder_cache: int = _property(
         256,
-        _integer(0),
+        integer(0),
         "MiB of encoded prompts that are kept, so that a prompt that comes again is not encoded "
         "again; 0 is off. Same answers with and without.",
         example="1024",
     )
     prompt_template: str = _property(
         "{input}",
-        _template,
+        template,
         "Put around every input. A request's variables fill other names in braces, and its own "
         "template takes this one's place; {{ and }} stand for braces.",
         example="Summarize: {input}",
     )
     merge_adapter: str | None = _property(
         None,
-        _text,
+        text,
         "A peft LoRA adapter that is merged into the weights at load: a folder, a model id of the "
         "hub, or s3://bucket/prefix.",
         example="adapter/",
     )
     cache_dir: str | None = _property(
         None,
-        _text,
+        text,
         "Where downloaded models and built graphs are kept.",
         example="/tmp/models",
         default_text="graphs beside the model, else in the user's cache (~/.cache/djl-t5-handler); "
@@ -255,62 +184,62 @@ class Configuration:
     )
     cpu_kernel: str = _property(
         "auto",
-        _choice("auto", "per_batch"),
+        choice("auto", "per_batch"),
         "auto: one weight form for the life of the process, so that an answer never depends on "
         "what else is running; per_batch: the faster one for each batch size.",
         example="auto",
     )
     threads: int | None = _property(
         None,
-        _integer(1),
+        integer(1),
         "CPU threads of the engine.",
         example="8",
         default_text="the cores that the process may use",
     )
     strict_dtype: bool = _property(
         False,
-        _boolean,
+        boolean,
         "Refuse a dtype that is known to spoil this model's answers, instead of warning.",
         example="true",
     )
     trust_remote_code: bool = _property(
-        False, _boolean, "Run Python code that comes with a checkpoint.", example="true"
+        False, boolean, "Run Python code that comes with a checkpoint.", example="true"
     )
     log_prompts: bool = _property(
-        False, _boolean, "Write prompts and answers to the log.", example="true"
+        False, boolean, "Write prompts and answers to the log.", example="true"
     )
     enable_streaming: bool = _property(
         False,
-        _streaming,
+        streaming,
         "On the fastertransformer wheel under engine=Python: get texts piece by piece. The other "
         "engines always do.",
         example="true",
     )
     save_mp_checkpoint_path: str | None = _property(
         None,
-        _text,
+        text,
         "The folder that DJLServing's partition command writes.",
         example="/opt/ml/model-partitioned",
     )
     model_path_on_host: str = _property(
         "/opt/ml/model",
-        _text,
+        text,
         "Partitioning for FasterTransformer: the folder from which the result will be served. "
         "Loaded from another one, it would be converted again.",
         example="/models/flan-t5-xxl",
     )
     use_passive_workers: bool | None = _property(
         None,
-        _boolean,
+        boolean,
         "DJLServing's own: under MPI its requests reach rank 0 alone. false: every rank gets each "
         "of them, which the fastertransformer wheel needs; backend torch streams nothing then.",
         example="true",
         default_text="true where DJLServing has it (0.33 and newer)",
     )
     # Set by DJLServing itself, not by people.
-    model_dir: str | None = _property(None, _text, "The unpacked model folder.", example="/opt/m")
+    model_dir: str | None = _property(None, text, "The unpacked model folder.", example="/opt/m")
     device_id: int | None = _property(
-        None, _integer(-1), "The worker's GPU; -1 is the CPU.", example="0"
+        None, integer(-1), "The worker's GPU; -1 is the CPU.", example="0"
     )
 
 
@@ -339,6 +268,11 @@ DJL_OWNED = frozenset(
 )
 
 
+def canonical_name(name: str) -> str | None:
+    """The property that ``name`` means, in any case or as an alias, or None."""
+    return _FOLDED.get(name.lower())
+
+
 def read_configuration(
     *,
     command_line: Mapping[str, Any] | None = None,
@@ -358,6 +292,20 @@ def read_configuration(
     ):
         merged.update(source)
     return Configuration(**merged)
+
+
+def serving_properties(folder: Path) -> dict[str, str]:
+    """A model folder's serving.properties as Java reads it; none without one. Raises LoadError."""
+    file = folder / "serving.properties"
+    if not file.is_file():
+        return {}
+    import javaproperties
+
+    try:
+        with file.open("rb") as stream:
+            return dict(javaproperties.load(stream))
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{file} cannot be read: {error}") from error
 
 
 def without_djls_own(
@@ -411,7 +359,7 @@ def _by_canonical_name(source: Mapping[str, Any], written_as: str) -> dict[str, 
     written: dict[str, str] = {}
     for key, value in source.items():
         bare = key.removeprefix("option.")
-        name = _FOLDED.get(bare.lower())
+        name = canonical_name(bare)
         if name is None:
             _warn_if_misspelt(bare, written_as)
             continue
@@ -432,8 +380,8 @@ def _converted(name: str, written: str, value: Any, place: str) -> Any:
     try:
         converted = PROPERTIES[name].metadata["convert"](value)
         if written == "quantize" and converted not in ("int8", "int4"):
-            raise _Refused("int8 or int4")
-    except _Refused as refused:
+            raise Refused("int8 or int4")
+    except Refused as refused:
         raise LoadError(f"{place} must be {refused}, got {shown(value)}") from None
     return converted
 

@@ -59,7 +59,7 @@ class Continuation:
         if self._detokenizer is not None and token_id != self._tokenizer.eos_token_id:
             new = self._detokenizer.add(token_id)
             self._text += new
-        self.finish_reason = self._reason_to_stop(token_id, len(new))
+        self.finish_reason = self._reason_to_stop(len(new))
         return self.finish_reason
 
     def append_text(self, text: str, *, last: bool) -> str | None:
@@ -111,11 +111,24 @@ class Continuation:
         """What of the whole ``text`` was not sent yet."""
         return text[self._sent :]
 
-    def _reason_to_stop(self, token_id: int, new: int) -> str | None:
-        if any(self.token_ids[-len(ids) :] == ids for ids in self._stop_ids):
+    def is_over(self, token_ids: Sequence[int]) -> bool:
+        """Whether the last of these tokens ends their text; those before it do not."""
+        if self._ends_by_ids(token_ids) or len(token_ids) >= self._parameters.max_new_tokens:
+            return True
+        text = self._tokenizer.decode(token_ids) if self._stop_texts else ""
+        return any(stop in text for stop in self._stop_texts)
+
+    def _ends_by_ids(self, token_ids: Sequence[int]) -> str | None:
+        if any(token_ids[-len(ids) :] == ids for ids in self._stop_ids):
             return STOP_SEQUENCE
-        if token_id == self._tokenizer.eos_token_id and not self._parameters.ignore_eos_token:
+        if token_ids[-1] == self._tokenizer.eos_token_id and not self._parameters.ignore_eos_token:
             return EOS_TOKEN
+        return None
+
+    def _reason_to_stop(self, new: int) -> str | None:
+        reason = self._ends_by_ids(self.token_ids)
+        if reason is not None:
+            return reason
         if self._has_stop_text(new):
             return STOP_SEQUENCE
         return LENGTH if len(self.token_ids) >= self._parameters.max_new_tokens else None

@@ -19,9 +19,9 @@ def body_of(inputs: Input) -> bytes:
     return bytes(inputs.get_as_bytes() or b"")
 
 
-def accept_of(inputs: Input) -> str:
-    """The client's Accept header: DJL hands headers over as properties."""
-    return str(inputs.get_property("accept") or "")
+def header_of(inputs: Input, name: str) -> str:
+    """A header of the client's: DJL hands them over as properties."""
+    return str(inputs.get_property(name) or "")
 
 
 def batched_bodies(inputs: Input) -> list[bytes] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -44,7 +45,8 @@ class Leading(Scheduler):
 
     def on_all_ranks(self, answer: Callable[[], _T]) -> _T:
         answered = answer()
-        self._share(answered)
+        with suppress(RequestError):  # a rank is lost: the answer says so, and nobody shares it
+            self._share(answered)
         return answered
 
 

@@ -37,10 +37,15 @@ def checked_text(text: Any, place: str) -> str:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One prompt and how to continue it."""
+    """One prompt and how to continue it.
+
+    log_probs: whether the result must tell its tokens' log-probabilities. A step is cheaper without
+    them; where they come by themselves the result tells them all the same.
+    """
 
     input: str
     parameters: GenerationParameters = GenerationParameters()
+    log_probs: bool = True
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class GenerationResult:
 
     token_ids: every token chosen, a closing ``</s>`` and those of a stop sequence included.
     log_probs: the model's own log-probability of each of them, before temperature and filters.
-    Either is empty where the engine does not tell them.
+    Either is empty where the engine does not tell them, log_probs where the request can do without.
     finish_reason: ``eos_token`` | ``length`` | ``stop_sequence``.
     input_tokens: how many tokens the encoder read; truncated: whether that was not the whole input.
     top_tokens: of each step the likeliest tokens, where the request asked for them.
@@ -97,7 +102,8 @@ class GenerationResult:
 class TokenEvent:
     """One step of a stream. ``text`` may be empty: a token that only begins a character or word.
 
-    The last event carries the whole ``result``. None: what the engine does not tell.
+    The last event carries the whole ``result``. None: what the engine does not tell, and a
+    log-probability that the request can do without.
     ``top_tokens`` as in GenerationResult.
     """
 
@@ -124,7 +130,8 @@ class Generation:
 
     The engine's thread alone calls ``append``, ``append_text``, ``finish`` and ``started``; anyone
     may cancel ``future``. forced: tokens that are to be scored, in place of a choice; guide: the
-    form that its texts must have. seed: the request's, else what the engine drew for it.
+    form that its texts must have. seed: the request's, else what the engine drew for it. log_probs:
+    as the request has it.
     """
 
     def __init__(
@@ -141,6 +148,7 @@ class Generation:
     ) -> None:
         self.parameters = request.parameters
         self.seed = request.parameters.seed
+        self.log_probs = request.log_probs
         self.prompt = request.input
         self.bad_words = bad_word_ids(self.parameters.bad_words_list, tokenizer)
         self.prompt_ids = list(prompt_ids)
@@ -182,7 +190,7 @@ class Generation:
         """Take the next token of its one text; True when it was the last one.
 
         A log-probability of NaN or -inf fails the generation: there was no token to choose. None
-        is one that the engine does not tell.
+        is one that is not told.
         """
         if log_prob is not None and math.isnan(log_prob):
             self.fail(not_a_number())
@@ -258,6 +266,13 @@ def not_a_number() -> RequestError:
         "the model computed numbers that are none for this input; set option.dtype to bf16 or "
         "fp32, or check its weights",
         424,
+    )
+
+
+def too_few_texts(wanted: int, found: int) -> RequestError:
+    return RequestError(
+        f"parameter 'num_return_sequences' asks for {wanted} texts, of the form asked for there "
+        f"are only {found}"
     )
 
 

@@ -246,7 +246,7 @@ _Trie = list[dict[int, int]]
 def _trie(choices: tuple[str, ...], tokenizer: Tokenizer) -> _Trie:
     trie: _Trie = [{}]
     for choice in choices:
-        ids = tokenizer.encode(choice)
+        ids = tokenizer.encode_target(choice)
         if tokenizer.unk_token_id in ids or tokenizer.decode(ids).strip() != choice.strip():
             raise RequestError(
                 f"parameter 'choices': this model's vocabulary cannot write {shown(choice)}, only "

@@ -21,11 +21,10 @@ from handler.generation import (
     checked_text,
 )
 from handler.guided import Guides
+from handler.parameter_limits import ParameterLimits, check_limits
 from handler.parameters import (
     MAX_SEED,
     GenerationParameters,
-    ParameterLimits,
-    check_limits,
     parameters_in_use,
     parse_parameters,
 )
@@ -78,6 +77,11 @@ class Model:
         return self._runner.healthy
 
     @property
+    def pads_prompts(self) -> bool:
+        """Whether a batch of prompts takes as long as if all were as long as the longest."""
+        return self._runner.pads_prompts
+
+    @property
     def encoder_cache_use(self) -> tuple[int, int]:
         """Prompts that were found in the cache of encoded prompts, and those that were not."""
         return self._runner.encoder_cache_use
@@ -90,7 +94,8 @@ class Model:
         if isinstance(inputs, str):
             raise RequestError(f"inputs must be a list of strings, got {shown(inputs)}")
         parsed = parse_parameters(parameters, self.limits)
-        results = self.generate([GenerationRequest(text, parsed) for text in inputs])
+        requests = [GenerationRequest(text, parsed, log_probs=False) for text in inputs]
+        results = self.generate(requests)
         return [result.text for result in results]
 
     def generate(self, requests: list[GenerationRequest]) -> list[GenerationResult]:
@@ -207,7 +212,7 @@ class Model:
         request = self._within_limits(request)
         self._check_supported(request, streams=on_event is not None)
         text = checked_text(request.input, "the input")
-        ids, is_whole = self._encoded(text, self.limits.max_input_tokens)
+        ids, is_whole = _encoded(text, self.limits.max_input_tokens, self.tokenizer.encode)
         kept = self._truncated(ids, is_whole, request.parameters.truncate)
         if isinstance(request, ScoreRequest):
             wanted = [self._target(request, i) for i in range(len(request.targets))]
@@ -229,7 +234,8 @@ class Model:
         ]
 
     def _single_draws(self, request: GenerationRequest) -> list[GenerationRequest]:
-        """Where several texts are drawn, a request for each, with a seed of its own."""
+        """Where several texts are drawn, a request for each, with a seed of its own, and with the
+        log-probabilities by which they are ranked."""
         p = request.parameters
         if p.num_return_sequences == 1 or p.num_beams > 1:
             return [request]
@@ -256,7 +262,8 @@ class Model:
         check_limits(parameters, self.limits)
         if isinstance(request, ScoreRequest) and not self._runner.scores:
             raise RequestError(
-                f"backend {self.backend} scores no given texts; set option.backend=onnxruntime"
+                f"backend {self.backend} scores no given texts; set option.backend=onnxruntime or "
+                "transformers"
             )
         honoured = self._runner.supported_parameters
         if streams:
@@ -276,11 +283,12 @@ class Model:
         """The target as tokens, ``</s>`` included, and the parameters of reading just these."""
         place = f"{request.field}[{index}]"
         text = checked_text(request.targets[index], place)
-        ids, is_whole = self._encoded(text, self.limits.max_output_tokens)
-        if not is_whole or len(ids) > self.limits.max_output_tokens:
+        limit, encode = self.limits.max_output_tokens, self.tokenizer.encode_target
+        ids, is_whole = _encoded(text, limit, encode)
+        if not is_whole or len(ids) > limit:
             raise RequestError(
                 f"{place} has {'' if is_whole else 'more than '}{len(ids)} tokens, allowed are "
-                f"{self.limits.max_output_tokens} (option.max_output_tokens)"
+                f"{limit} (option.max_output_tokens)"
             )
         if self.tokenizer.unk_token_id in ids or self.tokenizer.eos_token_id in ids[:-1]:
             raise RequestError(f"{place}: this model's vocabulary cannot write {shown(text)}")
@@ -290,25 +298,6 @@ class Model:
             top_n_tokens=request.parameters.top_n_tokens,
         )
         return GenerationRequest(request.input, parameters), tuple(ids)
-
-    def _encoded(self, text: str, limit: int) -> tuple[list[int], bool]:
-        """The text's ids; of one far longer than ``limit`` only the beginning's, and False.
-
-        Tokenizing all of a body of megabytes takes gigabytes of memory, only to refuse it.
-        """
-        length = max(_SHORT_TEXT, _CHARACTERS_OF_A_TOKEN * limit)
-        while length < len(text):
-            end = text.rfind(" ", 0, length)
-            ids = self.tokenizer.encode(text[: end if end > 0 else length])
-            if len(ids) > limit + _UNSURE_AT_A_CUT:
-                return ids, False
-            if length > _LONGEST_TEXT:  # blanks, or others of which tokenizers make nothing
-                raise RequestError(
-                    f"the input has {len(text)} characters, of which the first {length} make only "
-                    f"{len(ids)} tokens; leave out what is no text"
-                )
-            length *= 2
-        return self.tokenizer.encode(text), True
 
     def _truncated(self, ids: list[int], is_whole: bool, truncate: bool | int) -> list[int]:
         """``ids`` cut to the limit where the request allows it, its closing token kept."""
@@ -323,6 +312,26 @@ class Model:
                 f"{limit} (option.max_input_tokens); shorten it or send the parameter truncate"
             )
         return [*ids[: limit - 1], ids[-1]]
+
+
+def _encoded(text: str, limit: int, encode: Callable[[str], list[int]]) -> tuple[list[int], bool]:
+    """The text's ids; of one far longer than ``limit`` only the beginning's, and False.
+
+    Tokenizing all of a body of megabytes takes gigabytes of memory, only to refuse it.
+    """
+    length = max(_SHORT_TEXT, _CHARACTERS_OF_A_TOKEN * limit)
+    while length < len(text):
+        end = text.rfind(" ", 0, length)
+        ids = encode(text[: end if end > 0 else length])
+        if len(ids) > limit + _UNSURE_AT_A_CUT:
+            return ids, False
+        if length > _LONGEST_TEXT:  # blanks, or others of which tokenizers make nothing
+            raise RequestError(
+                f"the input has {len(text)} characters, of which the first {length} make only "
+                f"{len(ids)} tokens; leave out what is no text"
+            )
+        length *= 2
+    return encode(text), True
 
 
 def _stream(

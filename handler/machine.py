@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import os
 from pathlib import Path
 
@@ -39,6 +40,17 @@ def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
             fields = dict(line.split() for line in _read(cgroup / stat).splitlines())
             found.append(max(0, int(most) - int(now) + int(fields.get(files, 0))))
     return min(found, default=None)
+
+
+def reserved_memory(size: int) -> mmap.mmap:
+    """``size`` bytes of 0 that take memory page by page, as they are written to.
+
+    numpy asks for huge pages, of which each row of a cache would fill one with its first token.
+    """
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return memory
 
 
 def gpu_is_there() -> bool:

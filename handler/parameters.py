@@ -25,6 +25,7 @@ from handler.parameter_checks import (
     texts,
     truncate,
 )
+from handler.parameter_limits import DEFAULT_LIMITS, ParameterLimits, check_limits, check_together
 
 MAX_SEED = 2**64 - 1
 # Below this temperature the softmax puts all its weight on the best token in fp32.
@@ -273,21 +274,12 @@ class GenerationParameters:
             value = getattr(self, name)
             if value is not f.default:
                 object.__setattr__(self, name, _checked(name, name, value))
-        _check_together(self)
+        check_together(self)
 
     @property
     def samples(self) -> bool:
         """Whether tokens are drawn at random."""
         return self.do_sample and self.temperature >= GREEDY_TEMPERATURE
-
-
-@dataclass(frozen=True)
-class ParameterLimits:
-    """What the deployment allows a request to ask for."""
-
-    max_input_tokens: int = 1024
-    max_output_tokens: int = 512
-    max_rows: int = 64
 
 
 PARAMETERS = {f.name: f for f in fields(GenerationParameters)}
@@ -303,7 +295,7 @@ NOT_OFFERED = ("adapter_id", "decoder_input_details", "grammar", "watermark")
 
 
 def parse_parameters(
-    raw: Mapping[str, Any], limits: ParameterLimits = ParameterLimits()
+    raw: Mapping[str, Any], limits: ParameterLimits = DEFAULT_LIMITS
 ) -> GenerationParameters:
     """Check and normalize what a client sent as ``parameters``.
 
@@ -319,6 +311,13 @@ def parse_parameters(
     parameters = GenerationParameters(**values)
     check_limits(parameters, limits)
     return parameters
+
+
+def with_defaults(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """``raw``, and of ``defaults`` what it has under none of that parameter's names."""
+    sent = {_CANONICAL.get(name, name) for name in raw}
+    kept = {n: value for n, value in defaults.items() if _CANONICAL.get(n, n) not in sent}
+    return {**kept, **raw}
 
 
 def random_seed() -> int:
@@ -370,47 +369,6 @@ def _implies_sampling(values: Mapping[str, Any]) -> bool:
             values.get("typical_p", 0.0) > 0.0,
         )
     )
-
-
-def check_limits(p: GenerationParameters, limits: ParameterLimits) -> None:
-    """Raises RequestError where a request asks for more than the deployment allows."""
-    for name, limit, option in (
-        ("max_new_tokens", limits.max_output_tokens, "max_output_tokens"),
-        ("num_beams", limits.max_rows, "max_rows"),
-        ("num_return_sequences", limits.max_rows, "max_rows"),
-        ("truncate", limits.max_input_tokens, "max_input_tokens"),
-    ):
-        value = getattr(p, name)
-        if value > limit:
-            raise RequestError(
-                f"parameter {name!r} must be at most {limit} (option.{option}), got {value}"
-            )
-
-
-def _check_together(p: GenerationParameters) -> None:
-    if p.min_new_tokens > p.max_new_tokens:
-        raise RequestError(
-            f"parameter 'min_new_tokens' must be at most max_new_tokens ({p.max_new_tokens}), "
-            f"got {p.min_new_tokens}"
-        )
-    if p.num_return_sequences > p.num_beams and not (p.samples and p.num_beams == 1):
-        raise RequestError(
-            "parameter 'num_return_sequences' must be at most num_beams "
-            f"({p.num_beams}) unless the request samples without beams, got "
-            f"{p.num_return_sequences}"
-        )
-    if p.top_n_tokens and p.num_beams > 1:
-        raise RequestError(
-            f"parameter 'top_n_tokens' must be 0 with num_beams > 1, got {p.top_n_tokens}"
-        )
-    if p.regex is not None and p.choices:
-        raise RequestError("parameters 'regex' and 'choices' are both there; send one of them")
-    for name in ("num_beams", "num_return_sequences"):
-        value = getattr(p, name)
-        if p.stream and value > 1:
-            raise RequestError(
-                f"parameter 'stream' must be false with {name} > 1, got {name} {value}"
-            )
 
 
 def parameters_in_use(parameters: GenerationParameters) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from handler.errors import RequestError, shown
@@ -11,7 +13,7 @@ from handler.errors import RequestError, shown
 
 def parse_body(content: bytes) -> dict[str, Any]:
     """Read a JSON object. Raises RequestError: what was wrong, and where."""
-    body = _parse_json(content)
+    body = parse_json(content)
     if not isinstance(body, dict):
         raise RequestError(
             f'the body must be a JSON object like {{"inputs": "..."}}, got {shown(body)}'
@@ -19,18 +21,26 @@ def parse_body(content: bytes) -> dict[str, Any]:
     return body
 
 
-def _parse_json(content: bytes) -> Any:
+@dataclass(frozen=True)
+class UnreadRequest:
+    """A request as it came, and what reads it."""
+
+    content: bytes
+    parse: Callable[[bytes], dict[str, Any]] = parse_body
+
+    def fields(self) -> dict[str, Any]:
+        """Raises RequestError."""
+        return self.parse(self.content)
+
+
+def parse_json(content: bytes) -> Any:
+    """Read a JSON value. Raises RequestError: what was wrong, and where."""
     if not content.strip():
         raise RequestError(
             'the body is empty, expected JSON like {"inputs": "..."} with Content-Type: '
             "application/json (plain curl -d sends a form)"
         )
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RequestError(
-            f"the body is not UTF-8: byte 0x{content[error.start]:02x} at offset {error.start}"
-        ) from None
+    text = decoded(content)
     try:
         return json.loads(
             text,
@@ -48,6 +58,16 @@ def _parse_json(content: bytes) -> Any:
         ) from None
     except ValueError:  # an integer of more digits than Python agrees to read
         raise RequestError("the body holds a number of too many digits") from None
+
+
+def decoded(content: bytes) -> str:
+    """UTF-8 as text. Raises RequestError."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"the body is not UTF-8: byte 0x{content[error.start]:02x} at offset {error.start}"
+        ) from None
 
 
 def _refuse_constant(name: str) -> Any:

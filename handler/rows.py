@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from handler.beams import BeamSearch, largest
 from handler.continuation import TopToken
-from handler.errors import RequestError
-from handler.generation import Generation, not_a_number, nothing_left
+from handler.generation import Generation, not_a_number, nothing_left, too_few_texts
 from handler.sampling import (
     Floats,
     RowSampling,
-    choose_tokens,
     gumbel,
     log_softmax,
     process,
@@ -23,7 +21,6 @@ from handler.sampling import (
 
 if TYPE_CHECKING:
     from handler.engines.protocol import StepEngine
-    from handler.tokenizer import Tokenizer
 
 Fail = Callable[[Sequence[Generation], BaseException], None]
 
@@ -39,7 +36,13 @@ class Row:
         self.search = search
         self.beam = beam
         guide = generation.guide and generation.guide.fork()
-        self.sampling = RowSampling(generation.parameters, token, generation.bad_words, guide)
+        self.sampling = RowSampling(
+            generation.parameters,
+            token,
+            generation.bad_words,
+            guide,
+            log_probs=generation.log_probs,
+        )
 
     @property
     def position(self) -> int:
@@ -54,8 +57,9 @@ def rows_for(generation: Generation, start_token: int) -> list[Row]:
     return [Row(generation, start_token, search, beam) for beam in range(generation.rows)]
 
 
-def take_tokens(rows: Sequence[Row], logits: Floats, engine: StepEngine, fail: Fail) -> None:
-    """Give every row its next token, from logits [rows, vocabulary], which may be overwritten.
+def take_tokens(rows: Sequence[Row], logits: Any, engine: StepEngine, fail: Fail) -> None:
+    """Give every row its next token, from logits [rows, vocabulary] of the engine's sampler, which
+    may be overwritten.
 
     An error fails the generations that it hits.
     """
@@ -73,21 +77,25 @@ def take_tokens(rows: Sequence[Row], logits: Floats, engine: StepEngine, fail: F
         affected = [rows[place] for place in places]
         try:
             if affected[0].search is None:
-                _score(affected[0], logits[places])
+                _score(affected[0], engine.sampler.on_host(logits[places]))
             else:
-                _advance(affected, places, logits[places], engine)
+                _advance(affected, places, engine.sampler.on_host(logits[places]), engine)
         except BaseException as error:
             fail([affected[0].generation], error)
     if free:
         whole = len(free) == len(rows)
         chosen = [rows[place] for place in free]
-        _choose(chosen, logits if whole else logits[free], engine.tokenizer, fail)
+        _choose(chosen, logits if whole else logits[free], engine, fail)
 
 
-def _choose(rows: Sequence[Row], logits: Floats, tokenizer: Tokenizer, fail: Fail) -> None:
+def _choose(rows: Sequence[Row], logits: Any, engine: StepEngine, fail: Fail) -> None:
+    sampler, tokenizer = engine.sampler, engine.tokenizer
     try:
-        top = [_top_tokens(row, logits[i : i + 1]) for i, row in enumerate(rows)]
-        tokens, log_probs = choose_tokens(
+        top: list[tuple[TopToken, ...]] = [()] * len(rows)
+        for i, row in enumerate(rows):
+            if row.generation.parameters.top_n_tokens:
+                top[i] = _top_tokens(row, sampler.on_host(logits[i : i + 1]))
+        tokens, log_probs = sampler.choose_tokens(
             logits,
             [row.sampling for row in rows],
             [row.position for row in rows],
@@ -136,10 +144,7 @@ def _advance(
             raise nothing_left(step)
         wanted = generation.parameters.num_return_sequences
         if len(search.best) < wanted:
-            raise RequestError(
-                f"parameter 'num_return_sequences' asks for {wanted} texts, of the form asked for "
-                f"there are only {len(search.best)}"
-            )
+            raise too_few_texts(wanted, len(search.best))
         generation.finish(search.best)
         return
     engine.reorder(places, [places[parent] for parent in chosen.parents])

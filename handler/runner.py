@@ -39,11 +39,13 @@ class Runner(ABC):
     """The base of the scheduler and the batcher. Every public method is for any thread.
 
     supported_parameters: names of those that it and its engine honour; ``submit`` is given no
-    request that uses another one. scores: whether it honours ``forced`` tokens. draws_seeds: see
-    BatchEngine. answers_are_shared: whether every answer must come by ``on_all_ranks``.
+    request that uses another one. pads_prompts: whether those of a batch take as long as the
+    longest of them. scores: whether it honours ``forced`` tokens. draws_seeds: see BatchEngine.
+    answers_are_shared: whether every answer must come by ``on_all_ranks``.
     """
 
     supported_parameters: frozenset[str]
+    pads_prompts = False
     scores = False
     draws_seeds = False
     answers_are_shared = False

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from copy import copy
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -139,6 +140,15 @@ def choose_tokens(
     ]
 
 
+class HostSampler:
+    """See Sampler: for logits that are numpy's."""
+
+    choose_tokens = staticmethod(choose_tokens)
+
+    def on_host(self, logits: Floats) -> Floats:
+        return logits
+
+
 class Changes:
     """Which rows' scores were changed, in which some became larger, and what stood there before."""
 
@@ -157,20 +167,29 @@ class Changes:
 _NO_CHANGES = Changes([], [], np.zeros(0, np.int64), np.zeros(0, np.float32))
 
 
-def process(
-    scores: Floats, rows: Sequence[RowSampling], steps: Sequence[int], eos_token_id: int
-) -> Changes:
-    """Penalties, n-grams, bad words, the least length and the text's form, in place, in
-    transformers' order.
+class Planned(NamedTuple):
+    """What penalties, n-grams, bad words, the least length and the text's form change.
 
-    scores: contiguous [rows, vocabulary], logits or, for beams, log-probabilities.
+    rows: whose scores. penalized, banned: places in the flat scores, which come in this order;
+    counts [penalized], penalties [penalized, 3]: see ``_penalized``.
     """
-    size = scores.shape[-1]
+
+    rows: Sequence[int]
+    penalized: Places
+    counts: Floats
+    penalties: Floats
+    banned: Places
+
+
+def planned(
+    rows: Sequence[RowSampling], steps: Sequence[int], eos_token_id: int, size: int
+) -> Planned | None:
+    """Of scores [rows, size], in transformers' order; None: nothing."""
     ending = [row for row, step in enumerate(steps) if step < rows[row].may_end]
     remembering = [row for row, sampling in enumerate(rows) if sampling.history is not None]
     guided = [row for row, sampling in enumerate(rows) if sampling.guide is not None]
     if not ending and not remembering and not guided:
-        return _NO_CHANGES
+        return None
     forbidden = [row * size + eos_token_id for row in ending]
     parts = []
     for row in remembering:
@@ -186,17 +205,31 @@ def process(
         other[guide.allowed()] = False
         parts.append(np.flatnonzero(other) + row * size)
     banned = np.concatenate([np.array(forbidden, np.int64), *parts])
-    penalized, counts, penalties = _penalties(rows, remembering, size)
-    places = np.concatenate([penalized, banned])
+    return Planned([*ending, *remembering, *guided], *_penalties(rows, remembering, size), banned)
+
+
+def process(
+    scores: Floats, rows: Sequence[RowSampling], steps: Sequence[int], eos_token_id: int
+) -> Changes:
+    """Make the planned changes in place.
+
+    scores: contiguous [rows, vocabulary], logits or, for beams, log-probabilities.
+    """
+    size = scores.shape[-1]
+    plan = planned(rows, steps, eos_token_id, size)
+    if plan is None:
+        return _NO_CHANGES
+    penalized = plan.penalized
+    places = np.concatenate([penalized, plan.banned])
     flat = scores.reshape(-1)
     before = flat[places]
     raised: list[int] = []
     if len(penalized):
         old = before[: len(penalized)]
-        flat[penalized] = new = _penalized(old, counts, penalties)
+        flat[penalized] = new = _penalized(old, plan.counts, plan.penalties)
         raised = (penalized[new > old] // size).tolist()
-    flat[banned] = -np.inf
-    return Changes([*ending, *remembering, *guided], raised, places, before)
+    flat[plan.banned] = -np.inf
+    return Changes(plan.rows, raised, places, before)
 
 
 def warp(scores: Floats, rows: Sequence[RowSampling]) -> Floats:
@@ -205,7 +238,7 @@ def warp(scores: Floats, rows: Sequence[RowSampling]) -> Floats:
     What is filtered out is -inf. As in transformers, at least two tokens of a beam stay: one of
     them may be the end of the text.
     """
-    top_k, values = _filters(rows)
+    top_k, values = filters_of(rows)
     warped: Floats = scores / values[0].astype(np.float32)[:, None]
     if top_k.any() or values[1:].any():
         warped[~keep(warped.astype(np.float64), top_k, values[1], values[2], least=2)] = -np.inf
@@ -258,12 +291,12 @@ def _draw(
     logits: Floats, rows: Sequence[RowSampling], steps: Sequence[int], drawing: Sequence[int]
 ) -> Places:
     """One token for each of the rows ``drawing``."""
-    top_k, values = _filters([rows[row] for row in drawing])
+    top_k, values = filters_of([rows[row] for row in drawing])
     numbers = np.array([rows[row].uniform(steps[row]) for row in drawing])
     return draw(rows_of(logits, drawing), top_k, values, numbers)
 
 
-def _filters(rows: Sequence[RowSampling]) -> tuple[Places, npt.NDArray[np.float64]]:
+def filters_of(rows: Sequence[RowSampling]) -> tuple[Places, npt.NDArray[np.float64]]:
     """top_k of each row, and [3, rows]: temperature, top_p and typical_p."""
     table = np.array([row.filters for row in rows]).T
     return table[0].astype(np.int64), table[1:]

@@ -100,32 +100,33 @@ class _Application:
         self._check_name(
             request.path_params.get("name", request.query_params.get("model_name", self._name))
         )
-        return await self._respond(request, Wanted(_accept(request)))
+        return await self._respond(request, _wanted(request))
 
     async def _tgi_root(self, request: Request) -> Response:
         """Hugging Face's clients post to the base URL."""
         self._check_name(request.query_params.get("model_name", self._name))
         is_theirs = any(name in request.headers.get("user-agent", "") for name in _HUGGING_FACE)
-        return await self._respond(request, Wanted(_accept(request), TGI if is_theirs else ROOT))
+        return await self._respond(request, _wanted(request, TGI if is_theirs else ROOT))
 
     async def _tgi_generate(self, request: Request) -> Response:
-        return await self._respond(request, Wanted(_accept(request), TGI_GENERATE))
+        return await self._respond(request, _wanted(request, TGI_GENERATE))
 
     async def _tgi_generate_stream(self, request: Request) -> Response:
-        return await self._respond(request, Wanted("", TGI_GENERATE, streams=True))
+        return await self._respond(request, Wanted(route=TGI_GENERATE, streams=True))
 
     async def _completions(self, request: Request) -> Response:
-        return await self._respond(request, Wanted(_accept(request), COMPLETIONS))
+        return await self._respond(request, _wanted(request, COMPLETIONS))
 
     async def _endpoint(self, request: Request) -> Response:
-        answer, start = await self._answer(request, Wanted(_accept(request)))
+        answer, start = await self._answer(request, _wanted(request))
         if isinstance(answer, Reply) and answer.error is not None:
             answer = model_error(answer)
         return self._response(answer, start)
 
     async def _endpoint_stream(self, request: Request) -> Response:
         """Every piece of the answer as an event; an answer that is not streamed is one piece."""
-        answer, start = await self._answer(request, Wanted(request.headers.get(ACCEPT, "")))
+        wanted = Wanted(request.headers.get(ACCEPT, ""), _content_type(request))
+        answer, start = await self._answer(request, wanted)
         if isinstance(answer, Reply) and answer.error is not None:
             return self._response(model_error(answer), start)
         headers = {
@@ -249,8 +250,13 @@ async def _as_aws_events(stream: AsyncStream) -> AsyncIterator[bytes]:
         yield payload_part(piece)
 
 
-def _accept(request: Request) -> str:
-    return ",".join(request.headers.getlist("accept"))
+def _wanted(request: Request, route: str | None = None) -> Wanted:
+    accept = ",".join(request.headers.getlist("accept"))
+    return Wanted(accept, _content_type(request), route)
+
+
+def _content_type(request: Request) -> str:
+    return request.headers.get("content-type", "")
 
 
 async def _read(request: Request) -> bytes:

@@ -9,23 +9,25 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from handler.checkpoints.partition import partition_as_told
 from handler.config import Configuration, read_configuration, without_djls_own
-from handler.djl_input import accept_of, batched_bodies, body_of
+from handler.djl_input import batched_bodies, body_of, header_of
 from handler.djl_output import to_async_output, to_async_outputs, to_batch_output, to_output
 from handler.engines import Model, load_model
 from handler.errors import LoadError, RequestError
 from handler.generation import GenerationRequest, GenerationResult, TokenEvent
 from handler.ranks import end_job, end_process, rank_0_gets_all_requests, world_of
-from handler.request_parsing import parse_body
+from handler.request_lines import is_of_all_lines, lines_reply, split_lines
+from handler.request_parsing import UnreadRequest
 from handler.responses import Reply, StreamReply, error_reply, reply, stream_reply
 from handler.schemas import recognized, schema_before_reading
 from handler.schemas.protocol import Deployment, ParsedRequest, Schema, StreamWriter
+from handler.steps import NO_STEPS, Steps
 from handler.streaming import AsyncEvents, AsyncStream, BlockingEvents, BlockingStream, Deadline
 
 if TYPE_CHECKING:
@@ -44,10 +46,12 @@ _LONG_BODY = 4_096
 _REGEX, _GRAMMAR = b"regex", b"grammar"
 # Writing a longer answer does, too.
 _LONG_ANSWER = 5_000  # tokens
+# Lines of one body that wait at the same time, for each row: others' requests find room.
+_LINES_PER_ROW = 4
 
 _NO_STREAMS = (
-    "parameter 'stream' must be false where DJLServing batches requests; set batch_size=1 in "
-    "serving.properties to stream"
+    "parameter 'stream' must be false where DJLServing batches requests, and in lines; set "
+    "batch_size=1 in serving.properties, or send it alone, to stream"
 )
 _NO_STREAMS_ON_RANKS = (
     "parameter 'stream' must be false where every MPI rank gets every request; set "
@@ -55,6 +59,7 @@ _NO_STREAMS_ON_RANKS = (
 )
 
 _T = TypeVar("_T")
+_AnyReply = TypeVar("_AnyReply", bound="Reply | StreamReply[BlockingStream]")
 
 
 @dataclass(frozen=True)
@@ -63,15 +68,19 @@ class Wanted:
 
     accept: its header of that name. route: the schema of the route it came by, or ``root``; None
     where option.response_schema holds. streams: the route streams whatever the body says.
+    content_type: its header of that name, which may say that its body has several lines.
     """
 
     accept: str = ""
+    content_type: str = ""
     route: str | None = None
     streams: bool = False
 
 
 @dataclass(frozen=True)
-class _Submitted:
+class Submitted:
+    """A request that is being answered."""
+
     schema: Schema
     request: ParsedRequest
     futures: list[Future[GenerationResult]]
@@ -123,7 +132,7 @@ class Service:
     # DJL's front doors
 
     def handle(
-        self, inputs: Input
+        self, inputs: Input, steps: Steps = NO_STEPS
     ) -> Output | Awaitable[Output | AsyncIterator[Output] | None] | None:
         """What DJLServing calls: an Output, or in async mode a coroutine that gives one, or an
         asynchronous generator of them.
@@ -136,13 +145,16 @@ class Service:
             self._load_as_told(inputs.get_properties(), in_async_mode)
             return _immediately(None) if in_async_mode else None
         if in_async_mode:
-            return self._handle_async(inputs)
+            return self._handle_async(inputs, steps)
         bodies = batched_bodies(inputs)
         if bodies is not None:
-            return to_batch_output(self.answer_on_all_ranks(bodies))
-        if not self.model.answers_are_shared:
-            return to_output(self.answer(body_of(inputs), Wanted(accept_of(inputs))))
-        return to_output(self.answer_on_all_ranks([body_of(inputs)])[0])
+            return to_batch_output(self.answer_on_all_ranks(bodies, steps))
+        if self._shares_answers:
+            return to_output(self.answer_on_all_ranks([body_of(inputs)], steps)[0])
+        body = self._before(steps, body_of(inputs))
+        if isinstance(body, Reply):
+            return to_output(body)
+        return to_output(self._after(steps, self.answer(body, _wanted(inputs))))
 
     def partition(self, inputs: Input) -> Output | Awaitable[Output] | None:
         """What DJL's partition command calls, in a process of its own, with all properties.
@@ -155,9 +167,8 @@ class Service:
             properties = without_djls_own(inputs.get_properties(), os.environ)
             partition_as_told(read_configuration(properties=properties, environment=os.environ))
             return None
-        refusal = error_reply(
-            schema_before_reading(self.configuration.response_schema, None),
-            RequestError("partition is not for requests; use the partition command"),
+        refusal = self._refusal(
+            RequestError("partition is not for requests; use the partition command")
         )
         return _immediately(to_async_output(refusal)) if _event_loop_runs() else to_output(refusal)
 
@@ -180,17 +191,64 @@ class Service:
                 end_job(world, error, after=_FAREWELL_SECONDS)
             raise
 
-    async def _handle_async(self, inputs: Input) -> Output | AsyncIterator[Output]:
-        answer = await self.answer_async(body_of(inputs), Wanted(accept_of(inputs)))
-        return to_async_output(answer) if isinstance(answer, Reply) else to_async_outputs(answer)
+    async def _handle_async(self, inputs: Input, steps: Steps) -> Output | AsyncIterator[Output]:
+        body = self._before(steps, body_of(inputs))
+        if isinstance(body, Reply):
+            return to_async_output(body)
+        answer = await self.answer_async(body, _wanted(inputs))
+        if isinstance(answer, Reply):
+            return to_async_output(self._after(steps, answer))
+        return to_async_outputs(answer)
+
+    @property
+    def _shares_answers(self) -> bool:
+        return self._model is not None and self._model.answers_are_shared
+
+    def answer_on_all_ranks(self, bodies: Sequence[bytes], steps: Steps = NO_STEPS) -> list[Reply]:
+        """``answer_batch``, whose replies are the same on every MPI rank that gets the call."""
+        if self._model is None or not self._shares_answers:
+            return self._answer_batch(bodies, steps)
+        return self._model.on_all_ranks(lambda: self._answer_batch(bodies, steps))
+
+    def _answer_batch(self, bodies: Sequence[bytes], steps: Steps) -> list[Reply]:
+        prepared = [self._before(steps, body) for body in bodies]
+        answers = iter(self.answer_batch([p for p in prepared if not isinstance(p, Reply)]))
+        return [p if isinstance(p, Reply) else self._after(steps, next(answers)) for p in prepared]
+
+    def _before(self, steps: Steps, body: bytes) -> bytes | Reply:
+        """The body to answer, or the refusal of a step."""
+        try:
+            return steps.request(body)
+        except Exception as error:
+            return self._refusal(error)
+
+    def _after(self, steps: Steps, answer: _AnyReply) -> _AnyReply | Reply:
+        if not isinstance(answer, Reply) or answer.error is not None:
+            return answer
+        try:
+            return replace(answer, body=steps.answer(answer.body))
+        except Exception as error:
+            return self._refusal(error)
+
+    def _refusal(self, error: Exception) -> Reply:
+        if not isinstance(error, RequestError):
+            logger.error("a step of model.py failed", exc_info=error)
+        schema = schema_before_reading(self.configuration.response_schema, None)
+        return error_reply(schema, error)
 
     # The same without DJL
 
     def answer(self, body: bytes, wanted: Wanted = Wanted()) -> Reply | StreamReply[BlockingStream]:
-        """Answer one request, waiting for it, or for the first token of a stream."""
+        """Answer one request, waiting for it, or for the first token of a stream.
+
+        A body of several lines is answered with as many.
+        """
         deadline = Deadline(self.configuration.request_timeout)
+        lines = split_lines(body, wanted.content_type)
+        if lines is not None:
+            return lines_reply(self._answer_together(lines, wanted, deadline))
         events = BlockingEvents()
-        submitted = self._try_submit(body, wanted, events)
+        submitted = self.submit(UnreadRequest(body), wanted, events)
         if isinstance(submitted, Reply):
             return submitted
         self.model.run_submitted()
@@ -209,26 +267,39 @@ class Service:
     def answer_batch(self, bodies: Sequence[bytes]) -> list[Reply]:
         """Answer requests together, each by itself: one that is bad, or a stream, fails alone."""
         deadline = Deadline(self.configuration.request_timeout)
-        submitted = [self._try_submit(body, Wanted(), None) for body in bodies]
-        if not all(isinstance(s, Reply) for s in submitted):
-            self.model.run_submitted()
-        return [s if isinstance(s, Reply) else self._wait(s, deadline) for s in submitted]
+        of_lines = [split_lines(body) for body in bodies]
+        requests = [lines or [UnreadRequest(body)] for body, lines in zip(bodies, of_lines)]
+        flat = [request for several in requests for request in several]
+        replies = iter(self._answer_together(flat, Wanted(), deadline))
+        return [
+            next(replies) if lines is None else lines_reply([next(replies) for _ in lines])
+            for lines in of_lines
+        ]
 
-    def answer_on_all_ranks(self, bodies: Sequence[bytes]) -> list[Reply]:
-        """``answer_batch``, whose replies are the same on every MPI rank that gets the call."""
-        return self.model.on_all_ranks(lambda: self.answer_batch(bodies))
+    def _answer_together(
+        self, requests: Sequence[UnreadRequest], wanted: Wanted, deadline: Deadline
+    ) -> list[Reply]:
+        """Each by itself; no more at a time than the queue holds."""
+        replies: list[Reply] = []
+        most = self.configuration.max_queue
+        for start in range(0, len(requests), most):
+            submitted = [self.submit(r, wanted, None) for r in requests[start : start + most]]
+            if not all(isinstance(s, Reply) for s in submitted):
+                self.model.run_submitted()
+            replies += [s if isinstance(s, Reply) else self._wait(s, deadline) for s in submitted]
+        return replies
 
     async def answer_async(
         self, body: bytes, wanted: Wanted = Wanted()
     ) -> Reply | StreamReply[AsyncStream]:
         """Answer one request, or await the first token of a stream; a cancelled call frees its
-        rows."""
+        rows. A body of several lines is answered with as many."""
         deadline = Deadline(self.configuration.request_timeout)
+        lines = split_lines(body, wanted.content_type)
+        if lines is not None:
+            return await self._answer_lines(lines, wanted, deadline)
         events = AsyncEvents()
-        if len(body) > _LONG_BODY or _REGEX in body or _GRAMMAR in body:
-            submitted = await self._submit_off_the_loop(body, wanted, events)
-        else:
-            submitted = self._try_submit(body, wanted, events)
+        submitted = await self._submit_async(UnreadRequest(body), wanted, events)
         if isinstance(submitted, Reply):
             return submitted
         if not submitted.request.parameters.stream:
@@ -246,32 +317,62 @@ class Service:
             raise
         return stream_reply(stream)
 
-    async def _submit_off_the_loop(
-        self, body: bytes, wanted: Wanted, events: AsyncEvents
-    ) -> _Submitted | Reply:
-        """In a thread, which a cancelled call cannot stop: what it submits then is cancelled."""
-        work = asyncio.ensure_future(asyncio.to_thread(self._try_submit, body, wanted, events))
+    async def _answer_lines(
+        self, lines: Sequence[UnreadRequest], wanted: Wanted, deadline: Deadline
+    ) -> Reply:
+        room = asyncio.Semaphore(_LINES_PER_ROW * self.model.limits.max_rows)
+
+        async def answer(line: UnreadRequest) -> Reply:
+            async with room:
+                submitted = await self._submit_async(line, wanted, None)
+                if isinstance(submitted, Reply):
+                    return submitted
+                return await self._wait_async(submitted, deadline)
+
+        answers = [asyncio.ensure_future(answer(line)) for line in lines]
+        try:
+            return lines_reply(await _until_given_up(answers))
+        finally:
+            for each in answers:
+                each.cancel()
+
+    async def _submit_async(
+        self, request: UnreadRequest, wanted: Wanted, events: AsyncEvents | None
+    ) -> Submitted | Reply:
+        """Where it takes long, in a thread, which a cancelled call cannot stop: what it submits
+        then is cancelled."""
+        content = request.content
+        if len(content) <= _LONG_BODY and _REGEX not in content and _GRAMMAR not in content:
+            return self.submit(request, wanted, events)
+        work = asyncio.ensure_future(asyncio.to_thread(self.submit, request, wanted, events))
         try:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
             work.add_done_callback(lambda done: _cancel(done.result()))
             raise
 
-    def _try_submit(
-        self, body: bytes, wanted: Wanted, events: AsyncEvents | BlockingEvents | None
-    ) -> _Submitted | Reply:
-        """events: who reads a stream, None where nobody could."""
+    def submit(
+        self,
+        request: UnreadRequest,
+        wanted: Wanted = Wanted(),
+        events: AsyncEvents | BlockingEvents | None = None,
+    ) -> Submitted | Reply:
+        """Read a request and queue its prompts without waiting; a refusal is its answer.
+
+        events: who reads a stream, None where nobody could. ``model.run_submitted`` must follow,
+        and when its futures are done, ``collect``.
+        """
         configured = self.configuration.response_schema
         schema = schema_before_reading(configured, wanted.route)
         try:
-            fields = parse_body(body)
+            fields = request.fields()
             schema = recognized(fields, configured, wanted.route)
-            request = schema.parse(
+            parsed = schema.parse(
                 {**fields, "stream": True} if wanted.streams else fields, self._deployment()
             )
             if self.configuration.log_prompts:
-                logger.info("prompts %r", request.inputs)
-            return _Submitted(schema, request, self._submit(request, events))
+                logger.info("prompts %r", parsed.inputs)
+            return Submitted(schema, parsed, self._submit(parsed, events))
         except RequestError as error:
             return error_reply(schema, error)
         except Exception as error:  # DJL's async mode would lose the text of it
@@ -296,18 +397,18 @@ class Service:
         model, template = self.model, self.configuration.prompt_template
         return Deployment(model.limits, template, self.model_name, model.new_seed)
 
-    def _writer(self, submitted: _Submitted, wanted: Wanted) -> StreamWriter:
+    def _writer(self, submitted: Submitted, wanted: Wanted) -> StreamWriter:
         return submitted.schema.stream(submitted.request, self.model.tokenizer, wanted.accept)
 
-    def _wait(self, submitted: _Submitted, deadline: Deadline) -> Reply:
+    def _wait(self, submitted: Submitted, deadline: Deadline) -> Reply:
         wait(submitted.futures, timeout=deadline.left, return_when="FIRST_EXCEPTION")
         return self._collect(submitted, deadline)
 
-    async def _wait_async(self, submitted: _Submitted, deadline: Deadline) -> Reply:
+    async def _wait_async(self, submitted: Submitted, deadline: Deadline) -> Reply:
         answers = [asyncio.wrap_future(future) for future in submitted.futures]
         try:
             await asyncio.wait(answers, timeout=deadline.left, return_when=asyncio.FIRST_EXCEPTION)
-            if _tokens_done(submitted) > _LONG_ANSWER:
+            if tokens_done(submitted) > _LONG_ANSWER:
                 return await asyncio.to_thread(self._collect, submitted, deadline)
             return self._collect(submitted, deadline)
         finally:
@@ -315,7 +416,11 @@ class Service:
                 if not answer.cancel() and not answer.cancelled():
                     answer.exception()
 
-    def _collect(self, submitted: _Submitted, deadline: Deadline) -> Reply:
+    def collect(self, submitted: Submitted) -> Reply:
+        """The answer, once its futures are done, or the first error."""
+        return self._collect(submitted, Deadline(self.configuration.request_timeout))
+
+    def _collect(self, submitted: Submitted, deadline: Deadline) -> Reply:
         """The answer if everything is done, the first error, or that time is up."""
         try:
             failed = [f for f in submitted.futures if f.done() and f.exception() is not None]
@@ -349,13 +454,30 @@ def _refuse_uneven_calls(c: Configuration) -> None:
         )
 
 
-def _cancel(submitted: _Submitted | Reply) -> None:
-    if isinstance(submitted, _Submitted):
+def _wanted(inputs: Input) -> Wanted:
+    """DJL hands headers over as properties."""
+    return Wanted(
+        accept=header_of(inputs, "accept"), content_type=header_of(inputs, "content-type")
+    )
+
+
+async def _until_given_up(answers: Sequence[asyncio.Future[Reply]]) -> list[Reply]:
+    """All of them, or the first ones where one of these is for all lines."""
+    replies = []
+    for answer in answers:
+        replies.append(await answer)
+        if is_of_all_lines(replies[-1]):
+            break
+    return replies
+
+
+def _cancel(submitted: Submitted | Reply) -> None:
+    if isinstance(submitted, Submitted):
         for future in submitted.futures:
             future.cancel()
 
 
-def _tokens_done(submitted: _Submitted) -> int:
+def tokens_done(submitted: Submitted) -> int:
     futures = (f for f in submitted.futures if f.done() and not f.cancelled())
     results = (future.result() for future in futures if future.exception() is None)
     return sum(len(one.token_ids) for r in results for one in (r, *r.alternatives))

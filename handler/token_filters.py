@@ -39,26 +39,15 @@ def draw(logits: Floats, top_k: Places, values: Doubles, numbers: Doubles) -> Pl
     logits: [rows, vocabulary]; values: temperature, top_p and typical_p, each [rows]; numbers:
     [rows], from [0, 1).
     """
-    temperature, top_p, _ = values
-    tokens = np.full(len(logits), -1)
-    by_share = (top_k == 0) & _on(top_p)
-    few, best, scores = best_tokens(logits, np.where(by_share, _LIKELIEST, top_k))
-    certain = np.zeros(len(logits), np.bool_)
-    certain[few] = ~by_share[few]
-    whole = np.flatnonzero(~certain)
-    totals = np.zeros(len(logits))
-    if len(whole):
-        scaled, weights = _weights(rows_of(logits, whole), temperature[whole])
-        totals[whole] = weights.sum(-1)
-    if len(few):
-        tokens[few] = _draw_among_few(
-            best, scores, top_k[few], values[:, few], numbers[few], totals[few]
-        )
-    left = np.flatnonzero(tokens[whole] < 0)
-    if len(left):
-        rest = whole[left]
-        scaled, weights = rows_of(scaled, left), rows_of(weights, left)
-        tokens[rest] = _draw_among_all(scaled, weights, top_k[rest], values[:, rest], numbers[rest])
+    few, best, scores = best_tokens(logits, top_k)
+    if not len(few):
+        return _draw_among_all(logits, top_k, values, numbers)
+    tokens = np.empty(len(logits), np.intp)
+    scaled = scores / values[0, few].astype(np.float32)[:, None]
+    tokens[few] = _draw_among_few(best, scaled, top_k[few], values[:, few], numbers[few])
+    if len(few) < len(logits):
+        rest = np.setdiff1d(np.arange(len(logits)), few)
+        tokens[rest] = _draw_among_all(logits[rest], top_k[rest], values[:, rest], numbers[rest])
     return tokens
 
 
@@ -158,22 +147,53 @@ def _draw_among_few(
     top_k: Places,
     values: Doubles,
     numbers: Doubles,
-    totals: Doubles,
+    totals: Doubles | None = None,
 ) -> Places:
-    """A token of each row; -1 where these hold less than top_p of the totals.
+    """A token of each row.
 
-    tokens, scores: [rows, n], padded; totals: as in _filtered.
+    tokens, scores: [rows, n], padded, after the temperature; totals: as in _filtered.
     """
-    temperature, top_p, typical_p = values
-    scaled = (scores / temperature.astype(np.float32)[:, None]).astype(np.float64)
-    places, kept, ranked = _filtered(scaled, top_k, top_p, typical_p, totals)
-    weights = np.empty(scaled.size)
+    _, top_p, typical_p = values
+    if totals is None:
+        totals = np.zeros(len(tokens))
+    doubles = scores.astype(np.float64)
+    places, kept, ranked = _filtered(doubles, top_k, top_p, typical_p, totals)
+    weights = np.empty(doubles.size)
     weights[places] = ranked * kept
-    place, _ = _pick(weights.reshape(scaled.shape), numbers)
-    drawn = tokens[np.arange(len(tokens)), place]
-    if totals.any():
-        drawn[ranked.cumsum(-1)[:, -1] < top_p * totals] = -1
-    return drawn
+    place, _ = _pick(weights.reshape(doubles.shape), numbers)
+    return tokens[np.arange(len(tokens)), place]
+
+
+def _draw_among_all(logits: Floats, top_k: Places, values: Doubles, numbers: Doubles) -> Places:
+    """A token of each row of logits [rows, vocabulary]."""
+    temperature, top_p, _ = values
+    scores, weights = _weights(logits, temperature)
+    tokens = np.empty(len(logits), np.intp)
+    left = np.ones(len(logits), np.bool_)
+    by_share = (top_k == 0) & _on(top_p)
+    if by_share.any():
+        totals = weights.sum(-1).astype(np.float64)
+        reach = top_p * totals
+        by_share &= reach <= _LIKELIEST  # a weight is 1 at most
+        few, best, largest = best_tokens(scores, np.where(by_share, _LIKELIEST, 0))
+        held = np.exp(largest.astype(np.float64)).cumsum(-1)[:, -1] if len(few) else reach[few]
+        enough = np.flatnonzero(held >= reach[few])
+        if len(enough):
+            few, best, largest = few[enough], best[enough], largest[enough]
+            tokens[few] = _draw_among_few(
+                best, largest, top_k[few], values[:, few], numbers[few], totals[few]
+            )
+            left[few] = False
+    if left.any():
+        rest = np.flatnonzero(left)
+        tokens[rest] = _draw_widely(
+            rows_of(scores, rest),
+            rows_of(weights, rest),
+            top_k[rest],
+            values[:, rest],
+            numbers[rest],
+        )
+    return tokens
 
 
 def _weights(logits: Floats, temperature: Doubles) -> tuple[Floats, Floats]:
@@ -186,7 +206,7 @@ def _weights(logits: Floats, temperature: Doubles) -> tuple[Floats, Floats]:
     return scores, np.exp(scores)
 
 
-def _draw_among_all(
+def _draw_widely(
     scores: Floats, weights: Floats, top_k: Places, values: Doubles, numbers: Doubles
 ) -> Places:
     """A token of each row. scores, weights: [rows, vocabulary], of _weights; overwritten."""
@@ -244,7 +264,14 @@ def _block_sums(weights: Floats) -> Doubles:
 def _keep_likeliest(weights: Floats, scores: Floats, share: float) -> None:
     """top_p of one row, in place: of equal scores the last ones stay."""
     total = float(weights.sum())
-    border, equal = _border(-scores, weights, share * total)
+    # all that are no larger than this hold, together, no more than what is cut off
+    likely = weights > np.float32((1.0 - share) * total / len(weights) * 0.999)
+    if np.count_nonzero(likely) < len(weights) // 4:
+        candidates = np.flatnonzero(likely)
+        few = weights[candidates]
+        border, equal = _border(-scores[candidates], few, share * total, float(few.sum()))
+    else:
+        border, equal = _border(-scores, weights, share * total, total)
     weights *= scores >= -border
     weights[np.flatnonzero(scores == -border)[:-equal]] = 0.0
 
@@ -252,7 +279,8 @@ def _keep_likeliest(weights: Floats, scores: Floats, share: float) -> None:
 def _keep_typical(weights: Floats, scores: Floats, share: float) -> None:
     """typical_p of one row, [1, vocabulary], in place: equals of the last one stay."""
     keys = _untypical(weights, scores, _whole_sums)
-    border, _ = _border(keys[0], weights[0], share * float(weights.sum()))
+    total = float(weights.sum())
+    border, _ = _border(keys[0], weights[0], share * total, total)
     weights *= keys <= border
 
 
@@ -280,13 +308,14 @@ def _whole_sums(values: AnyFloats) -> AnyFloats:
     return sums
 
 
-def _border(keys: AnyFloats, weights: AnyFloats, reach: float) -> tuple[float, int]:
+def _border(keys: AnyFloats, weights: AnyFloats, reach: float, total: float) -> tuple[float, int]:
     """The key of the last element that stays, and how many of that key do.
 
-    In ascending order of key an element stays where those before it weigh less than ``reach``.
+    In ascending order of key an element stays where those before it weigh less than ``reach``;
+    all weigh ``total``.
     """
     while len(keys) > _FEW:
-        kept, lighter = _around(keys, weights, reach)
+        kept, lighter, total = _around(keys, weights, reach, total)
         if len(kept) == len(keys):  # nearly all are equal
             break
         keys, weights, reach = keys[kept], weights[kept], reach - lighter
@@ -298,20 +327,25 @@ def _border(keys: AnyFloats, weights: AnyFloats, reach: float) -> tuple[float, i
     return float(border), count - int(ordered.searchsorted(border))
 
 
-def _around(keys: AnyFloats, weights: AnyFloats, reach: float) -> tuple[Places, float]:
-    """Places of all keys in a range in which the border of ``reach`` lies, and what those of
-    smaller keys weigh."""
+def _around(
+    keys: AnyFloats, weights: AnyFloats, reach: float, total: float
+) -> tuple[Places, float, float]:
+    """Places of all keys in a range in which the border of ``reach`` lies, what those of smaller
+    keys weigh, and what these do. A sample tells where to look, exact sums whether it was there."""
     step = len(keys) // _SAMPLE
     sampled = keys[::step].argsort()
-    sums = weights[::step][sampled].astype(np.float64).cumsum()
-    at = int(sums.searchsorted(reach / float(weights.sum()) * sums[-1]))
-    low = keys[sampled[max(at - _AROUND, 0)] * step] if at > _AROUND else -np.inf
+    sums = weights[::step][sampled].cumsum(dtype=np.float64)
+    at = int(sums.searchsorted(reach / total * sums[-1]))
+    low = keys[sampled[at - _AROUND] * step] if at > _AROUND else -np.inf
     high = keys[sampled[at + _AROUND] * step] if at + _AROUND < len(sampled) else np.inf
     below = keys < low
     lighter = float((weights * below).sum())
     if lighter >= reach:
-        return np.flatnonzero(below), 0.0
+        return np.flatnonzero(below), 0.0, lighter
     inside = np.flatnonzero(~below & (keys <= high))
-    through = lighter + float(weights[inside].sum())
-    above = np.flatnonzero(keys > high) if through < reach else inside[:0]
-    return (above, through) if len(above) else (inside, lighter)
+    between = float(weights[inside].sum())
+    if lighter + between < reach:
+        above = np.flatnonzero(keys > high)
+        if len(above):
+            return above, lighter + between, total - lighter - between
+    return inside, lighter, between

@@ -17,6 +17,13 @@ logger = logging.getLogger(__name__)
 # Pieces for the bytes of a character that has none of its own
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _SPECIAL = re.compile(r"<.+>")
+# Byte-level BPE (GPT-2's, BART's) writes a byte as the character of its number where one sees it,
+# the others, the space among them, as those from 256 on.
+_VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTE_LEVEL = {
+    **{chr(byte): byte for byte in _VISIBLE},
+    **{chr(256 + n): byte for n, byte in enumerate(sorted({*range(256)} - {*_VISIBLE}))},
+}
 _BYT5_SPECIAL = 3  # <pad>, </s>, <unk> come before the bytes
 
 
@@ -35,6 +42,10 @@ class Tokenizer(Protocol):
     def __hash__(self) -> int: ...
 
     def encode(self, text: str) -> list[int]: ...
+
+    def encode_target(self, text: str) -> list[int]:
+        """The ids with which the model itself would write the text, ``</s>`` included."""
+        ...
 
     def encode_plain(self, text: str) -> list[int]:
         """Without the closing ``</s>``: ids of a piece of text."""
@@ -98,6 +109,9 @@ class TokenizerBase:
     def encode(self, text: str) -> list[int]:
         return [*self.encode_plain(text), self.eos_token_id]
 
+    def encode_target(self, text: str) -> list[int]:
+        return self.encode(text)
+
     def encode_plain(self, text: str) -> list[int]:
         raise NotImplementedError
 
@@ -140,6 +154,8 @@ class JsonTokenizer(TokenizerBase):
         self.eos_token_id = self._id_of(eos_token, file)
         self.pad_token_id = self._id_of(pad_token, file)
         self.unk_token_id = self._library.token_to_id("<unk>")
+        decoder = self._library.decoder
+        self._is_byte_level = decoder is not None and b"ByteLevel" in decoder.__getstate__()
 
     def _id_of(self, token: str, file: Path) -> int:
         token_id = self._library.token_to_id(token)
@@ -159,6 +175,11 @@ class JsonTokenizer(TokenizerBase):
 
     def token(self, token_id: int) -> str:
         return self._library.id_to_token(token_id) or ""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if self._is_byte_level and self.decode([token_id]):
+            return bytes(_BYTE_LEVEL[character] for character in self.token(token_id))
+        return super().token_bytes(token_id)
 
 
 class SentencePieceTokenizer(TokenizerBase):

@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, Any
 # The models of the tests are tiny: a second thread would wait longer than it computes. Set before
 # torch is imported; the servers inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Without a GPU Triton's kernels are interpreted; it looks once, when it is imported.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import httpx
 import hypothesis
@@ -112,6 +115,7 @@ def serving(
     python: str = sys.executable,
     log: list[str] | None = None,
     status: int = 0,
+    cwd: Path = ROOT,
 ) -> Iterator[tuple[httpx.Client, subprocess.Popen[str]]]:
     """A server process and a client of it; SIGTERM at the end. ``log`` takes its lines.
 
@@ -120,7 +124,7 @@ def serving(
     log = [] if log is None else log
     process = subprocess.Popen(
         [python, "-m", "handler", "serve", "--port", "0", *arguments],
-        cwd=ROOT,
+        cwd=cwd,
         env={**os.environ, **(environment or {})},
         stderr=subprocess.PIPE,
         text=True,

@@ -15,17 +15,14 @@ class Oracle:
     Ids beyond the tokenizer are suppressed: random weights choose them, and they are no text.
     """
 
-    def __init__(
-        self, folder: Path, dtype: torch.dtype = torch.float32, *, scales_as_told: bool = True
-    ) -> None:
-        """scales_as_told: transformers 5 scales umT5's logits whatever config.json tells."""
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.folder = folder
         self.model = AutoModelForSeq2SeqLM.from_pretrained(folder).to(dtype).eval()
         told = json.loads((folder / "config.json").read_text())
-        if told["model_type"] == "umt5" and scales_as_told:
+        if told["model_type"] == "umt5":  # transformers 5 scales its logits, whatever it tells
             self.model.config.tie_word_embeddings = told.get("tie_word_embeddings", True)
         self._logits: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
         self.padding = list(range(len(self.tokenizer), self.model.config.vocab_size))

@@ -32,6 +32,7 @@ class GatedEngine:
     tokenizer = TOKENIZER
     max_rows = 4
     quality_warning = None
+    scores = False
     draws_seeds = False
     supported_parameters = frozenset({"max_new_tokens", "temperature", "do_sample", "num_beams"})
 
@@ -42,8 +43,9 @@ class GatedEngine:
         self.closed = False
         self._failure = failure
 
-    def batch_key(self, parameters: GenerationParameters) -> Hashable | None:
-        return None if parameters.samples else parameters.max_new_tokens
+    def batch_key(self, generation: Generation) -> Hashable | None:
+        p = generation.parameters
+        return None if p.samples else p.max_new_tokens
 
     def generate(self, batch: Sequence[Generation]) -> None:
         self.batches.append([TOKENIZER.decode(g.prompt_ids) for g in batch])
@@ -115,6 +117,18 @@ def test_beams_count_as_rows() -> None:
             engine.gate.release()
         [g.future.result(WAIT) for g in waiting]
     assert engine.batches[1:] == [["a", "b"], ["c"]]
+
+
+def test_a_request_waits_until_its_batch_begins() -> None:
+    engine = GatedEngine()
+    with batcher_of(engine) as batcher:
+        first = occupied(engine, batcher)
+        waiting = generation("waiting", max_new_tokens=7)
+        batcher.submit([waiting])
+        engine.gate.release()
+        first.future.result(WAIT)
+        engine.gate.release()
+        assert waiting.future.result(WAIT).timing.waited > 0
 
 
 def test_a_cancelled_request_never_runs() -> None:

@@ -46,7 +46,7 @@ def test_version() -> None:
 def test_help_tells_the_commands() -> None:
     ended = run("--help")
     assert ended.returncode == 0
-    for command in ("serve", "generate", "partition"):
+    for command in ("serve", "generate", "partition", "deploy", "invoke", "logs", "delete"):
         assert command in ended.stdout
 
 

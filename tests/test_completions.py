@@ -10,8 +10,9 @@ import pytest
 
 from handler.continuation import TopToken
 from handler.errors import RequestError
-from handler.generation import GenerationResult, TokenEvent
-from handler.parameters import GenerationParameters, ParameterLimits
+from handler.generation import GenerationRequest, GenerationResult, TokenEvent
+from handler.parameter_limits import ParameterLimits
+from handler.parameters import GenerationParameters
 from handler.schemas import SCHEMAS
 from handler.schemas.completions import CompletionRequest
 from handler.schemas.protocol import Deployment
@@ -47,6 +48,19 @@ def test_defaults_are_openais() -> None:
     limits = ParameterLimits(max_output_tokens=5)
     request = COMPLETIONS.parse({"prompt": "x"}, Deployment(limits))
     assert request.parameters.max_new_tokens == 5
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [({}, False), ({"stream": True}, False), ({"logprobs": 0}, True), ({"logprobs": 2}, True)],
+    ids=str,
+)
+def test_log_probs_are_computed_for_answers_that_tell_them(
+    fields: dict[str, Any], told: bool
+) -> None:
+    (request,) = parsed(**fields).prompts
+    assert isinstance(request, GenerationRequest)
+    assert request.log_probs == told
 
 
 @pytest.mark.parametrize(

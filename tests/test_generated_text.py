@@ -91,6 +91,13 @@ def test_the_texts_of_several_sequences_of_a_prompt_follow_each_other() -> None:
     assert second["finish_reason"] == "length"
 
 
+@pytest.mark.parametrize("name", ["details", "return_log_probs", "stream"])
+@pytest.mark.parametrize("schema", ["outputs", "lmi", "tgi", "generate"])
+def test_log_probs_are_computed_for_answers_that_tell_them(schema: str, name: str) -> None:
+    assert not parsed(schema, "a").prompts[0].log_probs
+    assert parsed(schema, "a", **{name: True}).prompts[0].log_probs
+
+
 @pytest.mark.parametrize("schema", ["lmi", "generate"])
 def test_further_sequences_are_in_the_details_asked_for_or_not(schema: str) -> None:
     body = answer(schema, "a", BOTH)

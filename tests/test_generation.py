@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from handler.continuation import Continuation
 from handler.errors import RequestError
 from handler.generation import Generation, GenerationRequest, GenerationResult, TokenEvent
 from handler.parameters import GenerationParameters
@@ -140,6 +141,25 @@ def test_a_stop_of_ids_that_ends_with_the_end_of_the_text() -> None:
     stop = ((3 + ord("b"), EOS),)
     result = result_of("ab", stop_sequences=stop)
     assert (result.text, result.finish_reason) == ("a", "stop_sequence")
+
+
+@given(
+    st.lists(st.sampled_from([*TOKENIZER.encode_plain("abé"), EOS, 0]), min_size=1, max_size=12),
+    st.lists(st.text("ab", min_size=1, max_size=3), max_size=2),
+    st.booleans(),
+)
+def test_a_whole_text_is_over_where_the_growing_one_ended(
+    ids: list[int], stops: list[str], ignore_eos_token: bool
+) -> None:
+    parameters = GenerationParameters(
+        max_new_tokens=9, stop_sequences=tuple(stops), ignore_eos_token=ignore_eos_token
+    )
+    growing = Continuation(parameters, TOKENIZER)
+    for count, token_id in enumerate(ids, 1):
+        ended = growing.append(token_id, None) is not None
+        assert growing.is_over(ids[:count]) == ended
+        if ended:
+            break
 
 
 # Engines that tell texts

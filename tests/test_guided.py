@@ -22,7 +22,11 @@ from handler.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 @pytest.fixture(
     scope="module",
-    params=[*(("onnxruntime", v) for v in ("demo", "byt5", "flan-t5")), ("torch", "byt5")],
+    params=[
+        *(("onnxruntime", v) for v in ("demo", "byt5", "flan-t5")),
+        ("torch", "byt5"),
+        ("transformers", "flan-t5"),
+    ],
     ids="-".join,
 )
 def any_model(

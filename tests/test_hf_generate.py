@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,9 +22,9 @@ from safetensors.numpy import load_file, save_file
 from tasks import held_out_examples
 
 from handler.bad_words import bad_word_ids
-from handler.engines import Model, init_inference
+from handler.engines import Model, hf_generate, init_inference
 from handler.errors import LoadError, RequestError
-from handler.generation import GenerationRequest, GenerationResult
+from handler.generation import GenerationRequest, GenerationResult, ScoreRequest
 from handler.parameters import parse_parameters
 
 LENGTH = 16
@@ -60,7 +61,7 @@ class Case:
 
 def open_case(folder: Path, **options: Any) -> Iterator[Case]:
     model = init_inference(str(folder), backend="transformers", **options)
-    yield Case(model, Oracle(folder, scales_as_told=False))
+    yield Case(model, Oracle(folder))
     model.close()
 
 
@@ -211,24 +212,24 @@ def test_any_texts_beside_each_other(flan: Case, prompts: list[str]) -> None:
         assert result.token_ids == flan.oracle.generate(prompt, max_new_tokens=LENGTH)
 
 
-@pytest.mark.parametrize(
-    "parameters",
-    [
-        {"presence_penalty": 0.5},
-        {"frequency_penalty": 0.5},
-        {"top_n_tokens": 3},
-        {"regex": "[a-z]+"},
-        {"num_beams": 2, "num_return_sequences": 2},
-        {"stream": True},
-    ],
-    ids=lambda value: next(iter(value)),
-)
-def test_what_it_does_not_support_is_refused_by_name(
-    flan: Case, parameters: dict[str, Any]
+def test_several_texts_of_an_older_beam_search_are_refused(
+    flan: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = list(parameters)[-1]
-    with pytest.raises(RequestError, match=f"{name!r} is not supported by backend transformers"):
-        flan.run(["x"], **parameters)
+    monkeypatch.setattr(hf_generate, "sees_every_end", lambda: False)
+    with pytest.raises(RequestError, match=r"must be 1 with num_beams > 1 on transformers \d") as e:
+        flan.run(["x"], num_beams=2, num_return_sequences=2)
+    assert e.value.code == 400
+
+
+def test_scores_are_read_in_parts_where_they_are_many(
+    flan: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [ScoreRequest(prompt, ("a b", "the pony", "x")) for prompt in PROMPTS]
+    whole = flan.model.score(requests)
+    monkeypatch.setattr(hf_generate, "_LOGITS_AT_A_TIME", 1)
+    for part, expected in zip(flan.model.score(requests), whole):
+        for one, other in zip(part, expected):
+            assert one.log_probs == pytest.approx(other.log_probs, abs=1e-5)
 
 
 # Sampling
@@ -379,6 +380,40 @@ def other_case(
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_other_models_answer_as_in_transformers(other_case: Case, num_beams: int) -> None:
     other_case.assert_equal({"num_beams": num_beams}, {"num_beams": num_beams})
+
+
+def test_other_models_score_given_texts(other_case: Case) -> None:
+    """Each as the model's own target side writes it."""
+    targets = ("the garden", "Count", "a b c d")
+    oracle = other_case.oracle
+    for prompt, scores in zip(
+        PROMPTS, other_case.model.score([ScoreRequest(prompt, targets) for prompt in PROMPTS])
+    ):
+        for target, score in zip(targets, scores):
+            assert score.text.strip() == target
+            assert list(score.token_ids) == oracle.tokenizer(text_target=target).input_ids
+            expected = oracle.log_probs(prompt, score.token_ids)
+            assert score.log_probs == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_other_models_write_texts_of_a_form(other_case: Case, num_beams: int) -> None:
+    """Also where the checkpoint forces the last token."""
+    for result in other_case.run(PROMPTS, num_beams=num_beams, regex="[a-f]{2} ?[a-f]{1,3}"):
+        assert re.fullmatch("[a-f]{2} ?[a-f]{1,3}", result.text)
+    for result in other_case.run(PROMPTS, num_beams=num_beams, regex="[a-f ]{60,}"):
+        assert re.fullmatch("[a-f ]{5,59}", result.text)
+        assert len(result.token_ids) == LENGTH
+    for result in other_case.run(PROMPTS, num_beams=num_beams, choices=["the", "garden"]):
+        assert result.text.strip() in ("the", "garden")
+
+
+def test_other_models_tell_the_likeliest_tokens(other_case: Case) -> None:
+    for prompt, result in zip(PROMPTS, other_case.run(PROMPTS, top_n_tokens=3)):
+        logits = other_case.oracle.logits(prompt, result.token_ids)
+        for row, top in zip(torch.log_softmax(logits, -1), result.top_tokens):
+            expected = row.topk(3).values.tolist()
+            assert [token.log_prob for token in top] == pytest.approx(expected, abs=1e-4)
 
 
 # Checkpoints

@@ -290,3 +290,20 @@ def test_a_hub_that_is_down(hub: Hub, tmp_path: Path) -> None:
     error = error_on(hub, tmp_path)
     assert f"option.model_id={MODEL} is no folder and could not be downloaded" in error
     assert "Connection refused" in error
+
+
+def test_plan_fetches_config_json_alone(hub: Hub, tmp_path: Path) -> None:
+    config = (Path(__file__).parents[1] / "examples/demo/model/config.json").read_bytes()
+    hub.files["main"] = {**_SMALL, "config.json": config, "model.safetensors": b"weights"}
+    command = [sys.executable, "-m", "handler", "plan", "--option", f"cache_dir={tmp_path}"]
+
+    def planned(model: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "HF_ENDPOINT": hub.url}
+        return subprocess.run([*command, model], env=environment, capture_output=True, text=True)
+
+    assert "recommended: ml.g5.xlarge" in planned(MODEL).stdout
+    assert hub.downloaded == ["config.json"]
+    failed = planned("someone/else")
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("error: config.json of someone/else could not be downloaded: ")
+    assert failed.stderr.count("\n") == 1

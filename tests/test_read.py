@@ -23,10 +23,13 @@ from random_checkpoints import in_shards, write_checkpoint
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch_file
 
+from handler.checkpoints import safetensors_file
 from handler.checkpoints.architecture import T5Architecture
 from handler.checkpoints.find import model_config
 from handler.checkpoints.read import CheckpointWeights
+from handler.checkpoints.safetensors_file import SafetensorsFile
 from handler.checkpoints.tensors import check_tensors
+from handler.checkpoints.torch_file import TorchFile
 from handler.engines import init_inference
 from handler.errors import LoadError
 
@@ -153,6 +156,41 @@ def test_number_formats(
     for found in (of_bin, tensors(folder)):
         assert found["a"] == 1
         np.testing.assert_array_equal(found["b"], stored["b"].float().numpy())
+
+
+FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def slices(size: int) -> st.SearchStrategy[slice]:
+    """With steps, from the end, and beyond both ends."""
+    ends = st.none() | st.integers(-size - 2, size + 2)
+    return st.builds(slice, ends, ends, st.none() | st.integers(1, 3))
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_part_is_what_an_index_of_the_whole_gives(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    shape = data.draw(st.lists(st.integers(0, 5), max_size=3))
+    dtype = data.draw(
+        st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16])
+    )
+    index = tuple(data.draw(slices(size)) for size in data.draw(st.sampled_from(beginnings(shape))))
+    tensor = torch.randn(shape, dtype=torch.float64).to(dtype)
+    folder = tmp_path_factory.mktemp("parts")
+    save_torch_file({"before": torch.ones(3, dtype=dtype), "t": tensor}, folder / SAFETENSORS)
+    torch.save({"t": tensor}, folder / BIN)
+    for file in (SafetensorsFile(folder / SAFETENSORS), TorchFile(folder / BIN)):
+        with pytest.MonkeyPatch.context() as patch:  # pieces of one row, and all in one
+            patch.setattr(safetensors_file, "_PIECE", data.draw(st.sampled_from([1, 1000])))
+            part = file.read_part("t", index)
+        assert part.dtype == np.float32
+        np.testing.assert_array_equal(part, file.read("t")[index])
+
+
+def beginnings(shape: list[int]) -> list[list[int]]:
+    return [shape[:axes] for axes in range(len(shape) + 1)]
 
 
 def test_a_bin_is_read_a_tensor_at_a_time(tmp_path: Path) -> None:

@@ -229,8 +229,10 @@ def test_log_probs_are_the_models_own(
     tokens, log_probs = choose_tokens(logits.copy(), rows, [0, 9], EOS)
     for row in range(2):
         exact = expected[row, tokens[row]].item()
-        assert log_probs[row] == pytest.approx(exact, abs=2e-5, rel=1e-6)
-        assert log_probs[row] <= 0.0
+        log_prob = log_probs[row]
+        assert log_prob is not None
+        assert log_prob == pytest.approx(exact, abs=2e-5, rel=1e-6)
+        assert log_prob <= 0.0
 
 
 @pytest.mark.parametrize("p", [GenerationParameters(), sampled(), sampled(top_k=5)], ids=str)
@@ -245,16 +247,35 @@ def test_padding_of_the_vocabulary_counts_but_is_never_chosen(p: GenerationParam
     assert log_probs == pytest.approx(expected[range(8), tokens].tolist(), abs=2e-5)
 
 
+@settings(deadline=None)
+@given(
+    cases=st.lists(st.tuples(parameters, st.booleans()), min_size=1, max_size=8),
+    size=st.sampled_from([100, 5000]),
+    seed=st.integers(0, 50),
+)
+def test_a_row_that_wants_no_log_prob_gets_the_same_token(
+    cases: list[tuple[GenerationParameters, bool]], size: int, seed: int
+) -> None:
+    logits = np.stack([random_logits(size, 2.0, seed + row) for row in range(len(cases))])
+    steps = [0] * len(cases)
+    all_told = [RowSampling(p, bad_words=[[5]]) for p, _ in cases]
+    some_told = [RowSampling(p, bad_words=[[5]], log_probs=wants) for p, wants in cases]
+    tokens, log_probs = choose_tokens(logits.copy(), all_told, steps, EOS, size - 3)
+    told = [log_prob if wants else None for log_prob, (_, wants) in zip(log_probs, cases)]
+    assert choose_tokens(logits, some_told, steps, EOS, size - 3) == (tokens, told)
+
+
 # Logits that are no numbers, parameters that leave nothing
 
 
 NOTHING_LEFT = {"bad_words": [[token] for token in range(20) if token != EOS]}
 
 
+@pytest.mark.parametrize("log_probs", [True, False])
 @pytest.mark.parametrize("p", [GenerationParameters(), sampled(), sampled(top_k=3)], ids=str)
 @pytest.mark.parametrize("wrong", ["one NaN", "all NaN", "all -inf", "inf"])
 def test_logits_that_are_no_numbers_fail_their_row_alone(
-    p: GenerationParameters, wrong: str
+    p: GenerationParameters, wrong: str, log_probs: bool
 ) -> None:
     logits = np.stack([random_logits(20)] * 3)
     if wrong == "one NaN":
@@ -263,11 +284,12 @@ def test_logits_that_are_no_numbers_fail_their_row_alone(
         logits[1, 7] = np.inf
     else:
         logits[1] = -np.inf if wrong == "all -inf" else np.nan
-    rows = [RowSampling(replace(p, seed=4)) for _ in range(3)]
+    rows = [RowSampling(replace(p, seed=4), log_probs=log_probs) for _ in range(3)]
     alone = choose_tokens(logits[:1].copy(), rows[:1], [0], EOS)
-    tokens, log_probs = choose_tokens(logits, rows, [0] * 3, EOS)
-    assert np.isnan(log_probs[1])
-    assert ([tokens[0]], [log_probs[0]]) == ([tokens[2]], [log_probs[2]]) == alone
+    tokens, told = choose_tokens(logits, rows, [0] * 3, EOS)
+    assert told[1] is not None
+    assert np.isnan(told[1])
+    assert ([tokens[0]], [told[0]]) == ([tokens[2]], [told[2]]) == alone
 
 
 @pytest.mark.parametrize("p", [GenerationParameters(), sampled(), sampled(top_k=3)], ids=str)
@@ -278,15 +300,16 @@ def test_a_token_that_the_model_excludes_is_not_chosen(p: GenerationParameters) 
     assert choose_tokens(logits[None].copy(), rows, [0], EOS) == ([13], [0.0])
 
 
+@pytest.mark.parametrize("wanted", [True, False])
 @pytest.mark.parametrize("samples", [False, True])
-def test_one_token_left_is_taken_and_none_left_is_told(samples: bool) -> None:
+def test_one_token_left_is_taken_and_none_left_is_told(samples: bool, wanted: bool) -> None:
     p = GenerationParameters(do_sample=samples)
     ending_too = GenerationParameters(do_sample=samples, ignore_eos_token=True)
-    rows = [RowSampling(p, **NOTHING_LEFT), RowSampling(ending_too, **NOTHING_LEFT)]
+    rows = [RowSampling(q, **NOTHING_LEFT, log_probs=wanted) for q in (p, ending_too)]
     logits = np.stack([random_logits(20)] * 2)
     tokens, log_probs = choose_tokens(logits, rows, [0, 0], EOS)
     assert tokens[0] == EOS
-    assert np.isfinite(log_probs[0])
+    assert (log_probs[0] is not None) == wanted
     assert log_probs[1] == -np.inf
 
 

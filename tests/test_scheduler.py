@@ -24,11 +24,12 @@ from oracle import Oracle
 from step_engines import MODULES, assert_same, open_engine
 
 from handler.engines.onnx_t5.sessions import open_session, use_threads
-from handler.engines.protocol import StepEngine
+from handler.engines.protocol import Sampler, StepEngine
 from handler.errors import RequestError
 from handler.generation import Generation, GenerationRequest, GenerationResult, TokenEvent
 from handler.machine import usable_cpus
 from handler.parameters import GenerationParameters, parse_parameters
+from handler.sampling import HostSampler
 from handler.scheduler import Scheduler
 from handler.tokenizer import ByteTokenizer, Tokenizer
 
@@ -50,6 +51,7 @@ class EchoEngine:
     """
 
     tokenizer: Tokenizer = ByteTokenizer()
+    sampler: Sampler = HostSampler()
     decoder_start_token_id = 0
     max_input_tokens = max_output_tokens = 300
     seconds_of_a_step = seconds_of_a_part = 0.0

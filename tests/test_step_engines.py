@@ -446,3 +446,16 @@ def test_nothing_is_left_of_a_rows_last_prompt(
     stepped(engine, random_ids(1, 100))
     start(engine, handles[1])
     assert_equal(backend, stepped(engine, tokens), fresh)
+
+
+@BACKENDS
+def test_the_smallest_limits(oracle_of: OracleOf, backend: str) -> None:
+    """One row, one token in and one out."""
+    smallest = {"max_rows": 1, "max_input_tokens": 1, "max_output_tokens": 1}
+    found = []
+    for limits in (smallest, {}):
+        engine = open_engine(backend, oracle_of("umt5").folder, **limits)
+        start(engine, *encoded(engine, [[5]]))
+        found.append(stepped(engine, np.array([[engine.decoder_start_token_id]])))
+        engine.close()
+    assert_equal(backend, *found)

@@ -129,6 +129,30 @@ def test_a_far_away_token_does_not_coarsen_the_filter(p: dict[str, float], far: 
     assert set(drawn(logits, sampled(**p), np.linspace(0, 0.9999, 2000))) <= set(kept)
 
 
+@pytest.mark.parametrize("p", [{"top_p": 0.9}, {"top_p": 0.2}, {"typical_p": 0.6}], ids=str)
+@pytest.mark.parametrize("equals", [False, True], ids=["", "many equals"])
+@pytest.mark.parametrize("spread", [0.5, 2.0, 5.0], ids=["flat", "usual", "peaked"])
+def test_a_whole_vocabulary_is_filtered_as_in_transformers(
+    p: dict[str, float], spread: float, equals: bool
+) -> None:
+    """Of equals at the border transformers' sort decides which stay: their number is the same."""
+    logits = random_logits(32128, spread, 5)
+    if equals:
+        logits = logits.round(1)
+    allowed = torch.isfinite(transformers_scores(logits, sampled(**p))).numpy()
+    (border,) = logits[allowed].min(keepdims=True)
+    shares = np.exp(logits.astype(np.float64)) * allowed
+    numbers = np.linspace(0.0, 0.9999, 64)
+    expected = np.flatnonzero(allowed)[
+        (shares[allowed].cumsum() / shares.sum()).searchsorted(numbers)
+    ]
+    tokens = drawn(logits, sampled(**p), numbers)
+    assert allowed[[token for token in tokens if logits[token] > border]].all()
+    assert logits[tokens].min() >= border
+    if not equals:
+        assert np.mean(tokens == expected) > 0.98, "all but where rounding decides"
+
+
 @settings(deadline=None)
 @given(p=parameters, size=st.integers(4, 300), spread=spreads, seed=st.integers(0, 1000))
 def test_beams_keep_two_tokens_at_least_as_in_transformers(

@@ -163,3 +163,31 @@ def test_a_tokenizer_json_of_another_time_than_the_library(demo: Path, tmp_path:
     shutil.copy(demo / "spiece.model", tmp_path)
     ids = load_tokenizer(demo, 640).encode("Write 7 in words.")
     assert load_tokenizer(tmp_path, 640).encode("Write 7 in words.") == ids
+
+
+@given(st.text(max_size=30))
+def test_the_bytes_of_byte_level_tokens(byte_level: Tokenizer, text: str) -> None:
+    """As BART's: a token may be a part of a character."""
+    ids = byte_level.encode_plain(text)
+    assert b"".join(map(byte_level.token_bytes, ids)).decode() == text
+    assert byte_level.token_bytes(byte_level.eos_token_id) == b""
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    library = Library(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<pad>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    library.train_from_iterator(TEXTS, trainer)
+    folder = tmp_path_factory.mktemp("byte_level")
+    library.save(str(folder / "tokenizer.json"))
+    return load_tokenizer(folder, 400)

@@ -64,7 +64,7 @@ def _from_s3url(address: str, c: Configuration) -> Path:
     """DJLServing up to 0.25 downloads s3url itself and puts its folder into model_id."""
     if c.model_id is None:
         return _from_s3(address, CHECKPOINT, c, option="s3url")
-    folder = _folder(c.model_id, c)
+    folder = local_folder(c.model_id, c)
     if folder is None:
         raise LoadError(
             f"option.s3url={address} and option.model_id={c.model_id} are both set; unset one"
@@ -78,7 +78,7 @@ def _found(
 ) -> Path:
     if place.startswith("s3://"):
         return _from_s3(place, selection, c, option=option)
-    folder = _folder(place, c)
+    folder = local_folder(place, c)
     if folder is None:
         if not hub.is_hub_id(place):
             raise LoadError(f"option.{option}={place}: no such folder, and not a hub model id")
@@ -104,8 +104,8 @@ def _refuse_partitioned(folder: Path, place: str) -> None:
         )
 
 
-def _folder(place: str, c: Configuration) -> Path | None:
-    """A path, absolute or from the model folder or the working directory."""
+def local_folder(place: str, c: Configuration) -> Path | None:
+    """The folder that a path names, absolute or from the model or working directory, or None."""
     folders = (Path(c.model_dir or ".") / place, Path(place).expanduser())
     return next((folder for folder in folders if folder.is_dir()), None)
 

@@ -59,6 +59,16 @@ def download(
     return folder
 
 
+def download_file(hub_id: str, name: str, *, revision: str | None, cache_dir: str | None) -> Path:
+    """One file of a model on the hub. Raises LoadError."""
+    try:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(hub_id, name, revision=revision, cache_dir=cache_dir))
+    except Exception as error:
+        raise LoadError(f"{name} of {hub_id} could not be downloaded: {_why(error)}") from error
+
+
 _KNOWN_REASONS = (
     # by name: where the classes are imported from depends on the library's version; the first is a
     # kind of the last

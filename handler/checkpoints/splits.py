@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from handler.checkpoints.architecture import T5Architecture
-from handler.checkpoints.read import Weights
 from handler.checkpoints.tensors import (
     EMBEDDINGS,
     HEAD,
@@ -75,8 +74,11 @@ _SPLITS = {
 }
 
 
-def t5_tensors(a: T5Architecture, weights: Weights) -> Iterator[Tensor]:
-    """Every tensor of the model, the head too where it is the embedding."""
+def t5_tensors(a: T5Architecture, weights: Container[str]) -> Iterator[Tensor]:
+    """Every tensor of the model, the head too where it is the embedding.
+
+    weights: the names of the checkpoint's tensors.
+    """
     table = (a.vocab_size, a.d_model)
     yield Tensor(EMBEDDINGS[0], table, Split.WHOLE, embedding_name(weights))
     for name, shape in tensors_of_the_stacks(a):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from handler.checkpoints.architecture import T5Architecture
 from handler.checkpoints.read import Weights, check_shape
@@ -16,12 +16,12 @@ EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tok
 _UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
 
-def embedding_name(weights: Weights) -> str:
+def embedding_name(weights: Container[str]) -> str:
     """The one table of embeddings under whichever of its names the checkpoint was saved with."""
     return next((name for name in EMBEDDINGS if name in weights), EMBEDDINGS[0])
 
 
-def head_name(weights: Weights, a: T5Architecture) -> str:
+def head_name(weights: Container[str], a: T5Architecture) -> str:
     """The tensor that makes logits: lm_head.weight, or the embedding of a tied model."""
     return embedding_name(weights) if a.tied and HEAD not in weights else HEAD
 

@@ -64,15 +64,42 @@ class TorchFile:
         torch = self._torch()
         # a copy: the view of a mapping would end with it
         copy = tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        self._read_bytes += tensor.numel() * tensor.element_size()
-        if self._arguments and self._read_bytes > _MOST_MAPPED_BYTES:
-            self.release()
+        self._count(tensor)
         array: npt.NDArray[np.float32] = copy.numpy()
+        return array
+
+    def aliases(self) -> dict[str, str]:
+        """Name -> the first name of the same tensor, where it is stored once under several."""
+        first: dict[tuple[int, tuple[int, ...]], str] = {}
+        found: dict[str, str] = {}
+        for name, tensor in self._load().items():
+            earlier = first.setdefault((tensor.data_ptr(), tuple(tensor.shape)), name)
+            if earlier != name and tensor.numel():
+                found[name] = earlier
+        return found
+
+    def kind(self, name: str) -> tuple[tuple[int, ...], str]:
+        """(shape, torch's name of the type) of any tensor."""
+        return self._kinds[name]
+
+    def stored(self, name: str) -> npt.NDArray[np.uint8]:
+        """A tensor's bytes, of whatever type it is."""
+        torch = self._torch()
+        tensor = self._load()[name].detach()
+        # a copy: the view of a mapping would end with it
+        flat = tensor.contiguous().reshape(-1).view(torch.uint8).clone()
+        self._count(tensor)
+        array: npt.NDArray[np.uint8] = flat.numpy()
         return array
 
     def release(self) -> None:
         self._state = None
         self._read_bytes = 0
+
+    def _count(self, tensor: Tensor) -> None:
+        self._read_bytes += tensor.numel() * tensor.element_size()
+        if self._arguments and self._read_bytes > _MOST_MAPPED_BYTES:
+            self.release()
 
     def _torch(self) -> Any:
         try:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import logging
+import json
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from handler.config import Configuration, read_configuration
-from handler.errors import LoadError
+from handler.config import Configuration, read_configuration, serving_properties
+from handler.errors import LoadError, RequestError
+from handler.log import start_log as start_log
 
 # Lies in a source checkout, not in an installed package or a model tarball.
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo" / "model"
@@ -25,6 +28,23 @@ class ModelChoice:
     configuration: Configuration
 
 
+class CommandParser(argparse.ArgumentParser):
+    """mixed: options may also stand between positional arguments that can be left out."""
+
+    def __init__(self, *, mixed: bool = False, **told: Any) -> None:
+        super().__init__(**told)
+        self._mixed = mixed
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if not self._mixed:
+            return super().parse_known_args(args, namespace)
+        self._mixed = False  # the call below comes here again
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._mixed = True
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--option",
@@ -35,14 +55,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def start_log(quiet: bool = False) -> None:
-    """Our own log and warnings to stderr."""
-    logging.basicConfig(
-        level=logging.WARNING if quiet else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-    )
-    for chatty in ("httpx", "huggingface_hub", "transformers"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+def confirm(question: str, yes: bool) -> None:
+    """Asks on the terminal, unless ``yes``. Raises LoadError unless it is answered with yes."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise LoadError("there is no terminal to ask on: --yes goes on without")
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise LoadError("nothing was done")
 
 
 def choose_model(model: str | None, options: Sequence[str]) -> ModelChoice:
@@ -52,13 +73,13 @@ def choose_model(model: str | None, options: Sequence[str]) -> ModelChoice:
     environment. A folder that holds a checkpoint is not passed over for one that the environment
     names. Raises LoadError.
     """
-    command_line = dict(map(_split, options))
+    command_line = dict(map(split_option, options))
     properties: dict[str, str] = {}
     environment = dict(os.environ)
     if model is None and not _names_a_model(command_line):
         model = str(_demo())
     if model is not None and Path(model).is_dir():
-        properties = {**_serving_properties(Path(model)), "model_dir": model}
+        properties = {**serving_properties(Path(model)), "model_dir": model}
         if (Path(model) / "config.json").is_file():
             for variable in _VARIABLES_THAT_NAME_A_MODEL:
                 environment.pop(variable, None)
@@ -70,7 +91,19 @@ def choose_model(model: str | None, options: Sequence[str]) -> ModelChoice:
     return ModelChoice(_name(configuration), configuration)
 
 
-def _split(option: str) -> tuple[str, str]:
+def json_object(text: str, option: str) -> dict[str, Any]:
+    """What a command's option holds. Raises RequestError."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{option} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise RequestError(f"{option} must be a JSON object, got {text}")
+    return value
+
+
+def split_option(option: str) -> tuple[str, str]:
+    """(name, value) of a ``--option``. Raises LoadError."""
     name, equals, value = option.partition("=")
     if not equals or not name:
         raise LoadError(f"--option {option} must be NAME=VALUE")
@@ -86,19 +119,6 @@ def _demo() -> Path:
     if not DEMO.is_dir():
         raise LoadError("no MODEL given, and the demo model is not in this installation")
     return DEMO
-
-
-def _serving_properties(folder: Path) -> dict[str, str]:
-    file = folder / "serving.properties"
-    if not file.is_file():
-        return {}
-    import javaproperties
-
-    try:
-        with file.open("rb") as stream:
-            return dict(javaproperties.load(stream))
-    except ValueError as error:
-        raise LoadError(f"{file} cannot be read: {error}") from error
 
 
 def _name(configuration: Configuration) -> str:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
-from handler.cli.common import add_model_arguments, choose_model, start_log
+from handler.cli.common import add_model_arguments, choose_model, json_object, start_log
 from handler.engines import load_model
-from handler.errors import RequestError
 from handler.generation import GenerationRequest, checked_text
 from handler.parameters import parse_parameters
 from handler.prompt_template import filled
@@ -35,27 +33,17 @@ def add_to(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print each prompt's answer. Raises LoadError, RequestError."""
     start_log(quiet=True)
-    raw = _json_object(arguments.parameters)
+    raw = json_object(arguments.parameters, "--parameters")
     prompts = [checked_text(prompt, "PROMPT") for prompt in arguments.prompts]
     choice = choose_model(arguments.model, arguments.option)
     model = load_model(choice.configuration)
     try:
         parameters = parse_parameters(raw, model.limits)
         requests = [
-            GenerationRequest(text, parameters)
+            GenerationRequest(text, parameters, log_probs=False)
             for text in filled(choice.configuration.prompt_template, prompts, {})
         ]
         for result in model.generate(requests):
             print(result.text)
     finally:
         model.close()
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"--parameters is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise RequestError(f"--parameters must be a JSON object, got {text}")
-    return value

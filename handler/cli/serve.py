@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from handler.cli.common import add_model_arguments, choose_model, start_log
+from handler.cli.container import IMAGES, run_in_container
 from handler.errors import LoadError
 from handler.service import service
 
@@ -28,12 +29,21 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8080, help="port (default: %(default)s)")
+    parser.add_argument(
+        "--container",
+        choices=IMAGES,
+        metavar="IMAGE",
+        help=f"in this image of DJLServing's: {', '.join(IMAGES)}; where no Docker engine is, only "
+        "print the commands, and exit with 3",
+    )
     add_model_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Load, then listen until SIGTERM or Ctrl-C; what runs then is finished first."""
+    if arguments.container is not None:
+        run_in_container(arguments)
     import uvicorn
 
     from handler.server import application

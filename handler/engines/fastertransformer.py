@@ -93,6 +93,7 @@ class FasterTransformerEngine:
     """
 
     name = "fastertransformer"
+    scores = False
     draws_seeds = True
 
     def __init__(self, folder: Path, c: Configuration, *, ready_made: bool) -> None:
@@ -123,8 +124,8 @@ class FasterTransformerEngine:
             arguments |= {"use_triton": True, "do_streaming": self._streams}
         self._model = init_inference(folder, tensor, pipeline, arguments)
 
-    def batch_key(self, parameters: GenerationParameters) -> Hashable | None:
-        return _SHARED_BY_A_CALL(parameters)
+    def batch_key(self, generation: Generation) -> Hashable | None:
+        return _SHARED_BY_A_CALL(generation.parameters)
 
     def generate(self, batch: Sequence[Generation]) -> None:
         parameters = batch[0].parameters

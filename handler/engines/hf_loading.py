@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from handler.checkpoints.architecture import T5_FAMILY
+from handler.checkpoints.architecture import T5_FAMILY, T5Architecture
 from handler.checkpoints.find import find_adapter
 from handler.config import Configuration
 from handler.engines.hf_weights import (
@@ -55,6 +55,9 @@ class TransformersTokenizer(TokenizerBase):
 
     def encode(self, text: str) -> list[int]:
         return list(self._library(text).input_ids)
+
+    def encode_target(self, text: str) -> list[int]:
+        return list(self._library(text_target=text).input_ids)
 
     def encode_plain(self, text: str) -> list[int]:
         return list(self._library(text, add_special_tokens=False).input_ids)
@@ -119,6 +122,10 @@ def load_model(folder: Path, config: dict[str, Any], c: Configuration, on_gpu: b
     refuse_numbers_that_are_none(model, files)
     if adapter is not None:
         merge_adapter(model, files, adapter, config)
+    if (
+        config["model_type"] == "umt5"
+    ):  # transformers 5 scales its logits, whatever config.json says
+        model.config.tie_word_embeddings = T5Architecture.from_config(config).scale_logits
     return model.eval()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from handler.generation import Generation
-from handler.parameters import GenerationParameters
+from handler.sampling import RowSampling
 from handler.tokenizer import Tokenizer
 
 
@@ -32,15 +32,16 @@ class BatchEngine(Engine, Protocol):
     """Runs whole generations, a batch at a time.
 
     supported_parameters: names of the parameters it honours; a request that uses another one is
-    refused before it gets here. draws_seeds: it draws one for all requests of a batch that sample
-    and give none, and tells it as ``Generation.seed``.
+    refused before it gets here. scores: it honours ``Generation.forced``. draws_seeds: it draws one
+    for all requests of a batch that sample and give none, and tells it as ``Generation.seed``.
     """
 
     supported_parameters: frozenset[str]
+    scores: bool
     draws_seeds: bool
 
-    def batch_key(self, parameters: GenerationParameters) -> Hashable | None:
-        """Requests with equal keys may run in one batch; one whose key is None runs alone."""
+    def batch_key(self, generation: Generation) -> Hashable | None:
+        """Generations of equal keys may run in one batch; one whose key is None runs alone."""
         ...
 
     def generate(self, batch: Sequence[Generation]) -> None:
@@ -52,18 +53,38 @@ class BatchEngine(Engine, Protocol):
         ...
 
 
+class Sampler(Protocol):
+    """Chooses tokens where an engine's logits are, in the host's memory or on a device."""
+
+    def choose_tokens(
+        self,
+        logits: Any,
+        rows: Sequence[RowSampling],
+        steps: Sequence[int],
+        eos_token_id: int,
+        tokens_in_use: int | None = None,
+    ) -> tuple[list[int], list[float | None]]:
+        """See handler/sampling.py, which says what is chosen."""
+        ...
+
+    def on_host(self, logits: Any) -> npt.NDArray[np.float32]:
+        """The same logits, for what is computed on the host alone."""
+        ...
+
+
 class StepEngine(Engine, Protocol):
     """Runs single decoding steps of a dense batch of rows.
 
     The rows that run are always 0..n-1. Limits are fixed at load and caches allocated once.
     encode_tokens: prompts are given to ``encode`` together up to this many tokens; a longer prompt
-    comes alone.
+    comes alone. sampler: for the logits of ``decode``.
     """
 
     decoder_start_token_id: int
     max_input_tokens: int
     max_output_tokens: int
     encode_tokens: int
+    sampler: Sampler
 
     def encode(self, prompts: Sequence[Sequence[int]]) -> Iterator[Sequence[Any] | None]:
         """Run the encoder and make the cross-attention keys and values of each prompt.
@@ -80,7 +101,7 @@ class StepEngine(Engine, Protocol):
 
     def decode(
         self, n: int, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.float32]:
+    ) -> Any:
         """Tokens [n, q] of rows 0..n-1, the first at positions [n] -> logits [n, q, vocabulary].
 
         q is 1 for a decoding step; more tokens score a given continuation. The vocabulary is the

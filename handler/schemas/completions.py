@@ -91,6 +91,7 @@ class Completions:
             inputs=_texts(prompt),
             is_list=isinstance(prompt, list),
             parameters=parse_parameters(raw, deployment.limits),
+            log_probs=logprobs is not None,
             template=deployment.prompt_template,
             variables={},
             new_seed=deployment.new_seed,

@@ -23,10 +23,12 @@ def parse_inputs(body: Mapping[str, Any], deployment: Deployment) -> ParsedReque
     """Raises RequestError: what was wrong, the value seen, what is allowed."""
     check_fields({k: v for k, v in body.items() if k not in _OF_OTHERS or v is not None}, FIELDS)
     inputs = body.get("inputs")
+    parameters = parse_parameters(_with_regex(_raw_parameters(body)), deployment.limits)
     return request_of(
         inputs=_texts(inputs),
         is_list=isinstance(inputs, list),
-        parameters=parse_parameters(_with_regex(_raw_parameters(body)), deployment.limits),
+        parameters=parameters,
+        log_probs=parameters.details or parameters.return_log_probs or parameters.stream,
         template=_template(body.get("template"), deployment.prompt_template),
         variables=_variables(body.get("variables")),
         new_seed=deployment.new_seed,
@@ -46,11 +48,14 @@ def request_of(
     inputs: tuple[str, ...],
     is_list: bool,
     parameters: GenerationParameters,
+    log_probs: bool,
     template: str,
     variables: Mapping[str, str],
     new_seed: Callable[[], int | None],
 ) -> ParsedRequest:
-    """Raises RequestError where the template and its variables do not fit, or for a list that is
+    """log_probs: whether the answer tells them.
+
+    Raises RequestError where the template and its variables do not fit, or for a list that is
     to be streamed."""
     if parameters.stream and is_list:
         raise RequestError(
@@ -58,7 +63,7 @@ def request_of(
             "false"
         )
     prompts = tuple(
-        GenerationRequest(text, _seeded(parameters, new_seed))
+        GenerationRequest(text, _seeded(parameters, new_seed), log_probs)
         for text in filled(template, inputs, variables)
     )
     return ParsedRequest(inputs, is_list, parameters, prompts)

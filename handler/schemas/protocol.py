@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from handler.errors import RequestError
 from handler.generation import GenerationRequest, GenerationResult, ScoreRequest, TokenEvent
-from handler.parameters import GenerationParameters, ParameterLimits, random_seed
+from handler.parameter_limits import ParameterLimits
+from handler.parameters import GenerationParameters, random_seed
 from handler.tokenizer import Tokenizer
 
 

@@ -28,7 +28,12 @@ def to_json(value: Any) -> str:
 
 def json_line(value: Any) -> bytes:
     """One line of a JSON-lines stream."""
-    return f"{to_json(value).translate(_LINE_ENDS)}\n".encode()
+    return as_line(to_json(value))
+
+
+def as_line(json_text: str) -> bytes:
+    """JSON that ``to_json`` wrote, as one line."""
+    return f"{json_text.translate(_LINE_ENDS)}\n".encode()
 
 
 def server_sent_event(value: Any) -> bytes:

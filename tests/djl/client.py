@@ -199,8 +199,11 @@ def _started(
 
 
 def _environment(folder: str) -> dict[str, str]:
-    """This process's, without what would configure the handler, and with what DJL needs."""
-    configuring = ("OPTION_", "HF_MODEL_ID", "TENSOR_PARALLEL_DEGREE")
+    """This process's, without what would configure the handler, and with what DJL needs.
+
+    Nor with a path to other modules: the model folder's own are to run.
+    """
+    configuring = ("OPTION_", "HF_MODEL_ID", "TENSOR_PARALLEL_DEGREE", "PYTHONPATH")
     return {
         **{k: v for k, v in os.environ.items() if not k.startswith(configuring)},
         "PYTHON_EXECUTABLE": sys.executable,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -30,6 +31,15 @@ VARIED_PARAMETERS: list[dict[str, Any]] = [
     {"temperature": 0},
     {"do_sample": True, "seed": 7},
 ]
+
+
+def test_lines_are_answered_line_for_line(asynchronous: DjlClient, model: Model) -> None:
+    texts = ["Write 7 in words.", "Write 48 in words."]
+    body = "\n".join(json.dumps({"inputs": text}) for text in texts).encode()
+    answer = asynchronous.predict(post(body))
+    assert answer.properties["content-type"] == "application/jsonlines"
+    expected = [{"outputs": [text]} for text in model.pipeline_generate(texts)]
+    assert [json.loads(line) for line in answer.body.splitlines()] == expected
 
 
 def test_sixteen_at_once_get_what_they_get_alone(asynchronous: DjlClient, model: Model) -> None:

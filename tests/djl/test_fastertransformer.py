@@ -190,6 +190,13 @@ def test_the_engine_before_those_images(gpus: Path, endpoint: Path, model: Model
 
 
 @pytest.mark.long
+def test_the_module_of_the_package_as_entry_point(gpus: Path, endpoint: Path, model: Model) -> None:
+    two = {"tensor_parallel_degree": "2", "entryPoint": "handler.model"}
+    with under_mpi(gpus, endpoint, "0.25.0", **two) as client:
+        assert client.predict(post(PAYLOADS["plain"])).json() == expected(model, TITLE)
+
+
+@pytest.mark.long
 def test_newer_engines_must_give_every_rank_its_requests(
     gpus: Path, endpoint: Path, model: Model
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from bad_requests import BAD_COMPLETIONS, BAD_REQUESTS
 
@@ -22,6 +24,15 @@ def test_a_list_is_answered_in_its_order(sync: DjlClient, model: Model) -> None:
     texts = [f"Write {number} in words." for number in (7, 48, 1999)]
     answer = sync.predict(ask(texts, max_new_tokens=4))
     assert answer.json() == {"outputs": model.pipeline_generate(texts, max_new_tokens=4)}
+
+
+def test_lines_are_answered_line_for_line(sync: DjlClient, model: Model) -> None:
+    texts = ["Write 7 in words.", "", "Write 48 in words."]
+    answer = sync.predict(post("\n".join(texts).encode(), **{"Content-Type": "text/plain"}))
+    assert answer.properties["content-type"] == "application/jsonlines"
+    first, bad, last = map(json.loads, answer.body.splitlines())
+    assert [first, last] == [{"outputs": [t]} for t in model.pipeline_generate(texts[::2])]
+    assert bad == {"code": 400, "error": "the line is empty"}
 
 
 def test_bad_requests_are_refused_with_their_reason(sync: DjlClient) -> None:

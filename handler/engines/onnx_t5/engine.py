@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,10 @@ from handler.engines.onnx_t5 import build
 from handler.engines.onnx_t5.choose import Forms
 from handler.engines.onnx_t5.layers import padded_head_size
 from handler.engines.onnx_t5.sessions import Binding, open_session
+from handler.engines.protocol import Sampler
 from handler.errors import LoadError
-from handler.machine import available_memory
+from handler.machine import available_memory, reserved_memory
+from handler.sampling import HostSampler
 from handler.tokenizer import Tokenizer
 
 
@@ -46,6 +47,7 @@ class OnnxT5StepEngine:
 
     # Prompts are encoded one by one: no padding, and the same bits whatever else waits.
     encode_tokens = 1
+    sampler: Sampler = HostSampler()
 
     def __init__(
         self,
@@ -262,14 +264,7 @@ def _check_fit(a: T5Architecture, rows: int, prompt: int, output: int) -> None:
 
 
 def _reserved(shape: tuple[int, ...]) -> Array:
-    """Zeros that take memory page by page, as they are written to.
-
-    numpy asks for huge pages, of which every row's few tokens would fill one each.
-    """
-    memory = mmap.mmap(-1, 4 * math.prod(shape))
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, np.float32).reshape(shape)
+    return np.frombuffer(reserved_memory(4 * math.prod(shape)), np.float32).reshape(shape)
 
 
 class _DecoderBias:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +12,12 @@ import torch
 from torch import Tensor
 
 from handler.checkpoints.architecture import T5Architecture, relative_position_bucket
+from handler.engines.protocol import Sampler
 from handler.engines.torch_t5.cuda_graphs import Capture, CudaGraphs
 from handler.engines.torch_t5.kv_cache import EncodedPrompt, RowCache, StepMemory
 from handler.engines.torch_t5.model import T5
+from handler.engines.torch_t5.sampling import DeviceSampler
+from handler.sampling import HostSampler
 from handler.tokenizer import Tokenizer
 
 # Tokens of prompts that are encoded together: on a CPU as many keep it busy, a GPU wants more.
@@ -46,6 +50,8 @@ class TorchT5StepEngine:
         self.max_output_tokens = max_output_tokens
         at_once = _ENCODE_TOKENS_GPU if device.type == "cuda" else _ENCODE_TOKENS_CPU
         self.encode_tokens = max(at_once, max_input_tokens)
+        on_gpu = device.type == "cuda"
+        self.sampler: Sampler = DeviceSampler() if on_gpu else HostSampler()
         self._model = model
         self._device = device
         dtype = model.dtype
@@ -67,10 +73,12 @@ class TorchT5StepEngine:
     def use_graphs(self, capture: Capture | None = None) -> None:
         """Run the kernels as CUDA graphs from now on. All ranks of a model call it together. Raises
         what CUDA and Triton do."""
+        self._use_device()
         self._graphs = CudaGraphs(self._step, self.max_rows, self._device, capture)
 
     def encode(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[EncodedPrompt] | None]:
         """Encode together, yielding None after each layer and the prompts at the end."""
+        self._use_device()
         lengths = [len(prompt) for prompt in prompts]
         ids = torch.tensor([i for prompt in prompts for i in prompt], device=self._device)
         encoded = None
@@ -84,7 +92,9 @@ class TorchT5StepEngine:
             layers.append(keys_values)
             self._wait()
             yield None
-        parts = torch.split(torch.stack(layers), lengths, dim=3)
+        together = torch.stack(layers)
+        layers.clear()
+        parts = torch.split(together, lengths, dim=3)
         yield [EncodedPrompt(part.clone()) for part in parts]
 
     def attach(self, handle: EncodedPrompt, row: int) -> None:
@@ -93,8 +103,12 @@ class TorchT5StepEngine:
 
     def decode(
         self, n: int, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.float32]:
-        """Tokens [n, q] of rows 0..n-1, the first at positions [n] -> logits [n, q, vocabulary]"""
+    ) -> Any:
+        """Tokens [n, q] of rows 0..n-1, the first at positions [n] -> logits [n, q, vocabulary]
+
+        They stay on the device for a sampler that works there.
+        """
+        self._use_device()
         rows, q = self._rows, tokens.shape[1]
         for row, position in enumerate(positions.tolist()):
             rows.own_used[row] = max(rows.own_used[row], position + q)
@@ -111,8 +125,7 @@ class TorchT5StepEngine:
                 cross=max(rows.prompt_lengths[:n]),
             )
             logits = self._model.decode(self._moved(tokens), memory)
-        on_host: npt.NDArray[np.float32] = logits.cpu().numpy()
-        return on_host
+        return logits if isinstance(self.sampler, DeviceSampler) else logits.cpu().numpy()
 
     def _step(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """tokens [n, 1], positions [n] -> logits [n, 1, vocabulary], by kernels that read nothing
@@ -147,6 +160,11 @@ class TorchT5StepEngine:
 
     def _moved(self, numbers: npt.NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(numbers)).to(self._device, non_blocking=True)
+
+    def _use_device(self) -> None:
+        """Triton launches on the current device, which each thread has its own."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
 
     def _wait(self) -> None:
         """Until the device is done: who decides what comes next goes by the time that passed."""

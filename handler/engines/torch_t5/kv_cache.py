@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from handler.checkpoints.architecture import T5Architecture
 from handler.engines.torch_t5.model import attention
+from handler.machine import reserved_memory
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class RowCache:
         device: torch.device,
     ) -> None:
         shape = (a.num_decoder_layers, 2, rows, a.num_heads)
-        self.own = torch.zeros(*shape, output, a.d_kv, dtype=dtype, device=device)
-        self.cross = torch.zeros(*shape, prompt, a.d_kv, dtype=dtype, device=device)
+        self.own = _zeros((*shape, output, a.d_kv), dtype, device)
+        self.cross = _zeros((*shape, prompt, a.d_kv), dtype, device)
         self.cross_lengths = torch.ones(rows, dtype=torch.int64, device=device)
         # on the host: tokens that each row holds, and how many of its places are not 0
         self.own_used = [0] * rows
@@ -87,6 +89,14 @@ class RowCache:
         self.own[:, :, to, :, :length] = self.own[:, :, source, :, :length]
         for row, used in zip(to, [self.own_used[row] for row in source]):
             self.own_used[row] = used
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On a CPU they take memory as they are written to."""
+    if device.type != "cpu":
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    memory = reserved_memory(math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype).view(*shape)
 
 
 class StepMemory:

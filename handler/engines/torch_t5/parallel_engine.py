@@ -40,6 +40,7 @@ class TensorParallelEngine:
         self.max_input_tokens = engine.max_input_tokens
         self.max_output_tokens = engine.max_output_tokens
         self.encode_tokens = engine.encode_tokens
+        self.sampler = engine.sampler
         self._engine = engine
         self._ranks = ranks
         self._next_number = 0
@@ -72,7 +73,7 @@ class TensorParallelEngine:
 
     def decode(
         self, n: int, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.float32]:
+    ) -> Any:
         self._send("decode", n, tokens, positions)
         return self._own(lambda: self._engine.decode(n, tokens, positions))
 

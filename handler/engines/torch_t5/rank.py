@@ -13,13 +13,13 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from handler.cli.common import start_log
 from handler.config import Configuration
 from handler.engines import torch_t5
 from handler.engines.torch_t5.engine import TorchT5StepEngine
 from handler.engines.torch_t5.kv_cache import EncodedPrompt
 from handler.engines.torch_t5.ranks import Link, process_group
 from handler.errors import one_line
+from handler.log import start_log
 
 
 class Follower:

@@ -1,0 +1,1 @@
+"""``python -m handler batch``: a file of requests, answered line by line on one machine."""

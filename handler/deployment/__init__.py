@@ -1,0 +1,1 @@
+"""A model archive as a SageMaker endpoint: made, asked, read and taken away again."""

@@ -1,0 +1,160 @@
+"""Choosing tokens on a device: what handler/sampling.py chooses on the host, row for row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_checkpoints import write_checkpoint
+from test_sampling import parameters, random_logits
+
+from handler.config import configuration_of
+from handler.engines import torch_t5
+from handler.engines.torch_t5.sampling import DeviceSampler
+from handler.generation import GenerationRequest
+from handler.inference import Model
+from handler.parameters import GenerationParameters, parse_parameters
+from handler.sampling import HostSampler, RowSampling
+from handler.scheduler import Scheduler
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+EOS = 1
+# Sums of thousands of weights differ in their last bits, and so does where a row's number falls.
+NEAR = 2e-5
+Chosen = tuple[list[int], list[float | None]]
+
+
+class Nudged(RowSampling):
+    """Its numbers lie a little further."""
+
+    nudge = 0.0
+
+    def uniform(self, step: int) -> float:
+        return min(max(super().uniform(step) + self.nudge, 0.0), 1.0 - 1e-12)
+
+
+def on_device(
+    logits: npt.NDArray[np.float32], rows: Sequence[RowSampling], steps: Sequence[int], in_use: int
+) -> Chosen:
+    given_logits = torch.from_numpy(logits).to(DEVICE)
+    return DeviceSampler().choose_tokens(given_logits, rows, steps, EOS, in_use)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    cases=st.lists(
+        st.tuples(parameters, st.lists(st.integers(0, 99), max_size=9)), min_size=1, max_size=6
+    ),
+    bad_words=st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=2), max_size=3),
+    size=st.sampled_from([100, 700, 5000]),
+    spread=st.sampled_from([0.3, 3.0, 50.0]),
+    seed=st.integers(0, 100),
+)
+def test_the_device_chooses_what_the_host_does(
+    cases: list[tuple[GenerationParameters, list[int]]],
+    bad_words: list[list[int]],
+    size: int,
+    spread: float,
+    seed: int,
+) -> None:
+    logits = np.stack([random_logits(size, spread, seed + row) for row in range(len(cases))])
+
+    def rows(nudge: float = 0.0) -> list[RowSampling]:
+        made = [Nudged(p, bad_words=bad_words) for p, _ in cases]
+        for row, (_, generated) in zip(made, cases):
+            row.nudge = nudge
+            for token in generated:
+                row.append(token)
+        return list(made)
+
+    steps = [len(generated) for _, generated in cases]
+    in_use = size - 3
+    tokens, log_probs = on_device(logits, rows(), steps, in_use)
+    near = [
+        HostSampler.choose_tokens(logits.copy(), rows(nudge), steps, EOS, in_use)
+        for nudge in (0.0, NEAR, -NEAR)
+    ]
+    for row, token in enumerate(tokens):
+        matching = [host for host in near if host[0][row] == token]
+        assert matching, (token, [host[0][row] for host in near])
+        assert log_probs[row] == pytest.approx(matching[0][1][row], abs=2e-5, rel=1e-6)
+
+
+@pytest.mark.parametrize("wrong", ["one NaN", "all NaN", "all -inf", "inf"])
+@pytest.mark.parametrize("samples", [False, True])
+def test_logits_that_are_no_numbers_fail_their_row_alone(samples: bool, wrong: str) -> None:
+    logits = np.stack([random_logits(20)] * 3)
+    if wrong == "one NaN":
+        logits[1, 7] = np.nan
+    elif wrong == "inf":
+        logits[1, 7] = np.inf
+    else:
+        logits[1] = -np.inf if wrong == "all -inf" else np.nan
+    p = GenerationParameters(do_sample=samples, top_p=0.9, seed=4)
+    tokens, log_probs = on_device(logits, [RowSampling(p) for _ in range(3)], [0] * 3, 20)
+    assert np.isnan(log_probs[1])
+    assert (tokens[0], log_probs[0]) == (tokens[2], log_probs[2])
+    assert np.isfinite(log_probs[0])
+
+
+@pytest.mark.parametrize("samples", [False, True])
+def test_none_left_is_told(samples: bool) -> None:
+    p = GenerationParameters(do_sample=samples, ignore_eos_token=True, seed=1)
+    words = [[token] for token in range(20)]
+    _, log_probs = on_device(random_logits(20)[None], [RowSampling(p, bad_words=words)], [0], 20)
+    assert log_probs == [-np.inf]
+
+
+def test_drawn_frequencies_are_the_probabilities() -> None:
+    """Chi-squared over a hundred thousand draws with temperature, top_k and top_p."""
+    logits = random_logits(60, 2.0)
+    p = GenerationParameters(do_sample=True, temperature=1.3, top_k=20, top_p=0.9)
+    weights = np.exp(np.sort(logits / 1.3)[::-1][:20].astype(np.float64))
+    before = np.concatenate([[0.0], weights.cumsum()[:-1]])
+    weights *= before < 0.9 * weights.sum()
+    order = np.argsort(-logits)[: len(weights)]
+    rows = [RowSampling(GenerationParameters(**{**vars(p), "seed": seed})) for seed in range(500)]
+    counted = np.zeros(60)
+    for step in range(200):
+        tokens, _ = on_device(np.tile(logits, (500, 1)), rows, [step] * 500, 60)
+        counted += np.bincount(tokens, minlength=60)
+    kept = weights > 0
+    expected = counted.sum() * weights[kept] / weights.sum()
+    assert counted[order[kept]].sum() == counted.sum()
+    assert ((counted[order[kept]] - expected) ** 2 / expected).sum() < 50
+
+
+def test_through_the_scheduler(tmp_path: Path, demo: Path) -> None:
+    """Rows that the host must look into, beams, scores and likeliest tokens, beside others."""
+    folder = write_checkpoint(tmp_path, "flan-t5", demo)
+    settings_of = [
+        {},
+        {"temperature": 1.4, "seed": 1},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"top_n_tokens": 3, "repetition_penalty": 1.3},
+        {"regex": "(a|b)+"},
+    ]
+    requests = [
+        GenerationRequest("Count from 3 to 9.", parse_parameters({"max_new_tokens": 9, **values}))
+        for values in settings_of
+    ]
+    answers = []
+    for sampler in (HostSampler(), DeviceSampler()):
+        part = torch_t5.load_part(folder, configuration_of(str(folder), max_rows=4))
+        engine = part.engine(4)
+        engine.sampler = sampler
+        model = Model(
+            Scheduler(engine, 100), backend="torch", max_input_tokens=99, max_output_tokens=99
+        )
+        answers.append(model.generate(requests))
+        model.close()
+    for host, device in zip(*answers):
+        assert device.token_ids == host.token_ids
+        assert device.log_probs == pytest.approx(host.log_probs, abs=1e-5)
+        assert [r.text for r in device.alternatives] == [r.text for r in host.alternatives]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import platform
 import resource
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from handler.machine import available_memory, reserved_memory, usable_cpus
+from handler.machine import available_memory, reserved_memory, return_freed_memory, usable_cpus
 
 GIB = 2**30
 
@@ -168,3 +170,15 @@ def test_reserved_memory_is_taken_as_it_is_written_to() -> None:
     memory[1 << 29] = 7
     assert memory[: 1 << 10] == bytes(1 << 10)
     assert resident() - before < 1 << 26
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="others keep nothing")
+def test_freed_memory_is_returned() -> None:
+    process = psutil.Process()
+    blocks = [bytes([i % 256]) * 100_000 for i in range(1000)]
+    fence = bytes(90_000)  # what lies below it cannot go by itself
+    held = process.memory_info().rss
+    del blocks
+    return_freed_memory()
+    assert process.memory_info().rss < held - 80_000_000
+    assert len(fence) == 90_000

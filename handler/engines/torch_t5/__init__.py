@@ -15,7 +15,7 @@ from handler.checkpoints.read import CheckpointWeights
 from handler.checkpoints.splits import check_degree
 from handler.config import MAX_ROWS_ON_CPU, MAX_ROWS_ON_GPU, Configuration
 from handler.errors import LoadError
-from handler.machine import available_memory, gpu_is_there, usable_cpus
+from handler.machine import available_memory, gpu_is_there, return_freed_memory, usable_cpus
 from handler.ranks import World, meeting_place
 from handler.tokenizer import Tokenizer, load_tokenizer
 
@@ -171,6 +171,7 @@ def load_part(folder: Path, c: Configuration, rank: int = 0, degree: int = 1) ->
     own = part_of(whole, degree)
     dtype = _compute_dtype(c, device)
     model = load_model(own, _parts(folder, c, whole, rank, degree), dtype, device)
+    return_freed_memory()
     return LoadedPart(model, whole, own, tokenizer, device, _rows(c, own, dtype, device), c)
 
 

@@ -65,9 +65,20 @@ class Job:
             for rank in range(self.size)
         ]
 
+    def pids_after_an_answer(self) -> list[int]:
+        """The ranks, as soon as each of them has answered a call."""
+        wait_for(self.folder / f"answers.{self.size - 1}", self)
+        children = psutil.Process(self.mpirun.pid).children(recursive=True)
+        ranks = {c.environ()["OMPI_COMM_WORLD_RANK"]: c.pid for c in children if is_rank(c)}
+        return [ranks[str(rank)] for rank in range(self.size)]
+
     @property
     def gate(self) -> Path:
         return self.folder / "gate"
+
+
+def is_rank(process: psutil.Process) -> bool:
+    return str(RANK) in process.cmdline()
 
 
 def wait_for(file: Path, job: Job) -> Path:

@@ -140,9 +140,11 @@ class Continuation:
         return new > 0 and any(stop in text for stop, text in zip(self._stop_texts, recent))
 
 
-def _overlap(whole: Sequence[Any], stops: Sequence[Sequence[Any]]) -> int:
-    """Length of the longest end of ``whole`` that begins one of ``stops``, which are sorted; all are
-    texts, or all lists."""
+def _overlap(whole: Sequence[Any], stops: Sequence[Any]) -> int:
+    """Length of the longest end of ``whole`` that begins one of ``stops``, which are sorted.
+
+    All are texts, or all are lists.
+    """
     for length in range(min(max(map(len, stops), default=0), len(whole)), 0, -1):
         end = whole[-length:]
         at = bisect_left(stops, end)

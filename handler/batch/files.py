@@ -6,6 +6,7 @@ import fcntl
 import gzip
 import hashlib
 import os
+import stat
 import sys
 import zlib
 from collections.abc import Iterator
@@ -87,8 +88,8 @@ class Source:
         """What changes when somebody writes to the file."""
         if not self.can_be_read_again:
             return None
-        stat = self._path.stat()
-        return stat.st_size, stat.st_mtime_ns
+        now = self._path.stat()
+        return now.st_size, now.st_mtime_ns
 
     @contextmanager
     def _opened(self) -> Iterator[IO[bytes]]:
@@ -117,8 +118,11 @@ class GrowingFile:
         self._packed = path.suffix == ".gz"
         self._packer: gzip.GzipFile | None = None
         with self._telling():
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            self._raw: IO[bytes] = os.fdopen(descriptor, "r+b")
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise LoadError(f"{path} is no plain file; - is standard output")
+        self._raw: IO[bytes] = os.fdopen(descriptor, "r+b")
         self._lock()
 
     @property

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -177,6 +178,23 @@ def test_pipes(three: Path, out: Path) -> None:
     assert '{"line": 4, "code": 400, "error": "a line must be' in log
 
 
+@pytest.mark.parametrize(
+    ("redirected", "words"),
+    [
+        ("- {out} <&-", "standard input is closed"),
+        ("{in} - >&-", "standard output and standard error must not be closed"),
+        ("{in} - >/dev/full", "standard output cannot be written: No space left on device"),
+    ],
+)
+def test_closed_and_full_pipes_are_one_line(
+    three: Path, out: Path, redirected: str, words: str
+) -> None:
+    shell = f"{shlex.join(command())} {redirected.format_map({'in': three, 'out': out})}"
+    ended = subprocess.run(shell, shell=True, cwd=ROOT, capture_output=True, timeout=WAIT)
+    assert ended.returncode == 1
+    assert ended.stderr.decode().splitlines()[-1] == f"error: {words}"
+
+
 # Interruptions
 
 
@@ -199,14 +217,25 @@ def committed(out: Path) -> int:
     return lines
 
 
+# So often that a kill falls in between on a fast machine, too.
+COMMITS_OFTEN = """
+import sys
+from handler.batch import results
+from handler.cli import main
+results.COMMIT_SECONDS = 0.05
+main(sys.argv[1:])
+"""
+
+
 def kill_in_between(arguments: list[str | Path], out: Path, kills: int, count: int) -> None:
     """kill -9 at any moment: while it starts, and then the farther on the more often."""
     draw = random.Random(kills)
+    told = [sys.executable, "-c", COMMITS_OFTEN, "batch", *map(str, arguments)]
     for kill in range(kills):
-        process = subprocess.Popen(command(*arguments), cwd=ROOT, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(told, cwd=ROOT, stderr=subprocess.DEVNULL)
         while process.poll() is None and committed(out) < count * kill // (kills + 1):
             time.sleep(0.01)
-        time.sleep(draw.random() / 5)
+        time.sleep(draw.random() / (20 if kill else 2))
         process.kill()
         process.wait()
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, TextIO, cast
 
 from handler.errors import LoadError
 
@@ -49,6 +49,8 @@ class Source:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        if path == STANDARD and sys.stdin is None:
+            raise LoadError("standard input is closed")
         if path != STANDARD and not path.exists():
             raise LoadError(f"{path}: no such file")
         self.can_be_read_again = path != STANDARD and path.is_file()
@@ -180,8 +182,10 @@ class StandardStream:
 
     size = 0
 
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO | None) -> None:
+        if stream is None:
+            raise LoadError("standard output and standard error must not be closed")
+        self._stream = stream.buffer
 
     def cut(self, size: int) -> None:
         pass
@@ -202,7 +206,9 @@ class StandardStream:
     def _telling(self) -> Iterator[None]:
         try:
             yield
-        except BrokenPipeError:
+        except OSError as error:
             # so that Python does not try again at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-            raise LoadError("nobody reads the output any more") from None
+            if isinstance(error, BrokenPipeError):
+                raise LoadError("nobody reads the output any more") from None
+            raise LoadError(f"standard output cannot be written: {error.strerror}") from error

@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, TextIO, Union
 
 from handler.batch.files import STANDARD, Content, GrowingFile, Line, StandardStream
 from handler.batch.journal import Checkpoint, Journal, journal_of, read_journal
@@ -117,5 +117,5 @@ class Results:
         )
 
 
-def _opened(path: Path, stream: Any) -> _File:
-    return StandardStream(stream.buffer) if path == STANDARD else GrowingFile(path)
+def _opened(path: Path, stream: TextIO | None) -> _File:
+    return StandardStream(stream) if path == STANDARD else GrowingFile(path)

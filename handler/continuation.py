@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -39,8 +40,8 @@ class Continuation:
         self._parameters = parameters
         self._tokenizer = tokenizer
         stops = parameters.stop_sequences
-        self._stop_texts = [stop for stop in stops if isinstance(stop, str)]
-        self._stop_ids = [list(stop) for stop in stops if not isinstance(stop, str)]
+        self._stop_texts = sorted(stop for stop in stops if isinstance(stop, str))
+        self._stop_ids = sorted(list(stop) for stop in stops if not isinstance(stop, str))
         self._detokenizer = tokenizer.detokenizer() if self._stop_texts or streams else None
         self._text = ""
         self._sent = 0
@@ -100,8 +101,8 @@ class Continuation:
 
     def unsent(self) -> str:
         """The text that can be sent now: what may become a stop sequence is held back."""
-        end = len(self._text) - max((_overlap(self._text, s) for s in self._stop_texts), default=0)
-        begun = max((_overlap(self.token_ids, ids) for ids in self._stop_ids), default=0)
+        end = len(self._text) - _overlap(self._text, self._stop_texts)
+        begun = _overlap(self.token_ids, self._stop_ids)
         if begun:
             end = min(end, len(self._tokenizer.decode(self.token_ids[:-begun])))
         text, self._sent = self._text[self._sent : end], max(end, self._sent)
@@ -139,9 +140,14 @@ class Continuation:
         return new > 0 and any(stop in text for stop, text in zip(self._stop_texts, recent))
 
 
-def _overlap(whole: Sequence[Any], stop: Sequence[Any]) -> int:
-    """Length of the longest end of ``whole`` that begins ``stop``; both texts, or both lists."""
-    for length in range(min(len(stop), len(whole)), 0, -1):
-        if whole[-length:] == stop[:length]:
+def _overlap(whole: Sequence[Any], stops: Sequence[Any]) -> int:
+    """Length of the longest end of ``whole`` that begins one of ``stops``, which are sorted.
+
+    All are texts, or all are lists.
+    """
+    for length in range(min(max(map(len, stops), default=0), len(whole)), 0, -1):
+        end = whole[-length:]
+        at = bisect_left(stops, end)
+        if at < len(stops) and stops[at][:length] == end:
             return length
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import queue
 import threading
 import weakref
@@ -89,14 +90,14 @@ class Model:
     def pipeline_generate(self, inputs: list[str], **parameters: Any) -> list[str]:
         """Answer texts with one set of parameters, as FasterTransformer's method of this name.
 
-        Raises RequestError.
+        Of several texts of an input the best. Raises RequestError.
         """
         if isinstance(inputs, str):
             raise RequestError(f"inputs must be a list of strings, got {shown(inputs)}")
         parsed = parse_parameters(parameters, self.limits)
         requests = [GenerationRequest(text, parsed, log_probs=False) for text in inputs]
-        results = self.generate(requests)
-        return [result.text for result in results]
+        texts = [result.text for result in self.generate(requests)]
+        return list(map(operator.add, inputs, texts)) if parsed.return_full_text else texts
 
     def generate(self, requests: list[GenerationRequest]) -> list[GenerationResult]:
         """Answer requests, each with its own parameters, in their order. Raises RequestError."""

@@ -235,7 +235,7 @@ class GenerationParameters:
     top_n_tokens: int = _parameter(
         0,
         integer(0, 20),
-        "Also tell the n likeliest tokens of every step; 0 is off.",
+        "Answer with details, the n likeliest tokens of every step among them; 0 is off.",
         allowed="0 to 20",
         example=3,
     )
@@ -280,6 +280,11 @@ class GenerationParameters:
     def samples(self) -> bool:
         """Whether tokens are drawn at random."""
         return self.do_sample and self.temperature >= GREEDY_TEMPERATURE
+
+    @property
+    def wants_details(self) -> bool:
+        """Whether an answer is to tell its tokens."""
+        return self.details or self.return_log_probs or self.top_n_tokens > 0
 
 
 PARAMETERS = {f.name: f for f in fields(GenerationParameters)}

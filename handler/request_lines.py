@@ -98,10 +98,16 @@ def _parse_row(line: bytes) -> dict[str, Any]:
 
 
 def _are_objects(content: bytes) -> bool:
-    """Whether it is several JSON objects, each on a line of its own, and not one value."""
-    first, newline, _ = content.partition(b"\n")
+    """Whether it is JSON objects, each on a line of its own, and not one value.
+
+    One that is cut off is answered in its line's place; what does not begin as an object is none.
+    """
+    first, newline, others = content.partition(b"\n")
     first = first.strip()
     if not newline or not first.startswith((b"{", b"\xef\xbb\xbf{")) or not first.endswith(b"}"):
+        return False
+    lines = (line.strip() for line in others.split(b"\n"))
+    if not all(line.startswith(b"{") for line in lines if line):
         return False
     try:
         json.loads(content)

@@ -34,6 +34,12 @@ class Steps:
             return body
         try:
             content = json.loads(body)
+        except json.JSONDecodeError as error:
+            if error.msg == "Extra data":  # lines would pass by the steps
+                raise RequestError(
+                    "the body is several JSON texts, which this model.py does not take; send one"
+                ) from error
+            return body
         except (ValueError, RecursionError):
             return body
         if not isinstance(content, dict):

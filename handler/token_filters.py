@@ -287,14 +287,15 @@ def _keep_typical(weights: Floats, scores: Floats, share: float) -> None:
 def _untypical(
     weights: AnyFloats, scores: AnyFloats, sums: Callable[[AnyFloats], AnyFloats]
 ) -> AnyFloats:
-    """How far a token's surprise is from the expected one (arXiv 2202.00666).
+    """How far a token's surprise is from the expected one (arXiv 2202.00666), which is how far its
+    score is from the expected score: without the logarithm of a sum, beside which the differences
+    of a flat distribution are lost in rounding.
 
     weights: exp(scores), [rows, n], 0 where a token is out already.
     """
-    total = sums(weights)
-    surprise: AnyFloats = np.log(total) - np.maximum(scores, -_NEVER)
-    surprise -= sums(weights * surprise) / total
-    return np.abs(surprise, out=surprise)
+    distance: AnyFloats = np.maximum(scores, -_NEVER)
+    distance -= sums(weights * distance) / sums(weights)
+    return np.abs(distance, out=distance)
 
 
 def _padded_sums(values: AnyFloats) -> AnyFloats:

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -177,6 +178,23 @@ def test_pipes(three: Path, out: Path) -> None:
     assert '{"line": 4, "code": 400, "error": "a line must be' in log
 
 
+@pytest.mark.parametrize(
+    ("redirected", "words"),
+    [
+        ("- {out} <&-", "standard input is closed"),
+        ("{in} - >&-", "standard output and standard error must not be closed"),
+        ("{in} - >/dev/full", "standard output cannot be written: No space left on device"),
+    ],
+)
+def test_closed_and_full_pipes_are_one_line(
+    three: Path, out: Path, redirected: str, words: str
+) -> None:
+    shell = f"{shlex.join(command())} {redirected.format_map({'in': three, 'out': out})}"
+    ended = subprocess.run(shell, shell=True, cwd=ROOT, capture_output=True, timeout=WAIT)
+    assert ended.returncode == 1
+    assert ended.stderr.decode().splitlines()[-1] == f"error: {words}"
+
+
 # Interruptions
 
 
@@ -199,14 +217,25 @@ def committed(out: Path) -> int:
     return lines
 
 
+# So often that a kill falls in between on a fast machine, too.
+COMMITS_OFTEN = """
+import sys
+from handler.batch import results
+from handler.cli import main
+results.COMMIT_SECONDS = 0.05
+main(sys.argv[1:])
+"""
+
+
 def kill_in_between(arguments: list[str | Path], out: Path, kills: int, count: int) -> None:
     """kill -9 at any moment: while it starts, and then the farther on the more often."""
     draw = random.Random(kills)
+    told = [sys.executable, "-c", COMMITS_OFTEN, "batch", *map(str, arguments)]
     for kill in range(kills):
-        process = subprocess.Popen(command(*arguments), cwd=ROOT, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(told, cwd=ROOT, stderr=subprocess.DEVNULL)
         while process.poll() is None and committed(out) < count * kill // (kills + 1):
             time.sleep(0.01)
-        time.sleep(draw.random() / 2)
+        time.sleep(draw.random() / (20 if kill else 2))
         process.kill()
         process.wait()
 
@@ -229,7 +258,7 @@ def check_interrupted(folder: Path, count: int, kills: int, suffix: str) -> None
     assert {i: answers[i - 1]["output"] for i in words} == words
 
 
-@pytest.mark.parametrize(("count", "kills", "suffix"), [(2000, 3, ""), (500, 2, ".gz")])
+@pytest.mark.parametrize(("count", "kills", "suffix"), [(2000, 3, ""), (1000, 2, ".gz")])
 def test_killed_several_times(tmp_path: Path, count: int, kills: int, suffix: str) -> None:
     check_interrupted(tmp_path, count, kills, suffix)
 
@@ -334,6 +363,26 @@ def test_a_file_that_is_no_batchs_is_not_overwritten(three: Path, out: Path) -> 
     assert out.read_text() == "mine\n"
 
 
+def test_a_refused_run_leaves_the_file_of_bad_lines(
+    stopped: list[str | Path], three: Path, out: Path, tmp_path: Path
+) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine\n")
+    assert f"{notes} is there already" in refused(three, tmp_path / "new", "--errors", notes)
+    assert notes.read_text() == "mine\n"
+    done(*stopped)
+    bad = Path(f"{out}.errors").read_bytes()
+    refused(*stopped, "--option=dtype=int8")
+    assert Path(f"{out}.errors").read_bytes() == bad
+
+
+def test_bad_lines_alone_are_gone_on_with(tmp_path: Path, out: Path) -> None:
+    given = write_lines(tmp_path / "in.jsonl", [5])
+    for _ in range(2):
+        assert done(given, out) == f"{out}: 0 lines answered, 1 bad ones in {out}.errors"
+    assert len(read_lines(Path(f"{out}.errors"))) == 1
+
+
 def test_a_cut_output_is_refused(stopped: list[str | Path], out: Path) -> None:
     out.write_bytes(out.read_bytes()[:-5])
     assert f"{out} is shorter than {out}.progress says" in refused(*stopped)
@@ -369,6 +418,8 @@ def test_one_process_at_a_time(tmp_path: Path, out: Path) -> None:
         (["{in}", "{out}", "--errors={out}"], "must be different files"),
         (["/no/such", "{out}"], "/no/such: no such file"),
         (["{in}", "/no/such/out"], "/no/such/out cannot be written: No such file"),
+        (["{in}", "/dev/null"], "/dev/null is no plain file; - is standard output"),
+        (["{in}", "{out}", "--errors=/dev/null"], "/dev/null is no plain file"),
         (["{in}", "{out}", "--parameters=[]"], "--parameters must be a JSON object, got []"),
         (["{in}", "{out}", '--parameters={"top_q": 1}'], "did you mean 'top_p'?"),
         (["{in}", "{out}", '--parameters={"max_tokens": 9999}'], "(option.max_output_tokens)"),
@@ -379,7 +430,7 @@ def test_one_process_at_a_time(tmp_path: Path, out: Path) -> None:
         (["{in}", "{out}", "--input-field=output"], "--output-field must not be --input-field"),
         (["{gz}", "{out}"], "in.gz cannot be read: "),
     ],
-    ids=[str(number) for number in range(10)],
+    ids=[str(number) for number in range(12)],
 )
 def test_an_error_is_one_line(
     three: Path, out: Path, tmp_path: Path, arguments: list[str], words: str

@@ -403,7 +403,9 @@ def link(name: str, to: str) -> tarfile.TarInfo:
 
 
 @pytest.mark.parametrize(
-    "member", [("../evil", b"x"), ("/etc/evil", b"x"), link("model.py", "/etc/passwd")], ids=str
+    "member",
+    [("../evil", b"x"), ("/etc/evil", b"x"), link("model.py", "/etc/passwd")],
+    ids=["above", "absolute", "link"],
 )
 def test_unsafe_members_are_not_unpacked(tmp_path: Path, member: object) -> None:
     archive = tar_of(tmp_path, ("config.json", b"{}"), member)

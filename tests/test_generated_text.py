@@ -91,11 +91,27 @@ def test_the_texts_of_several_sequences_of_a_prompt_follow_each_other() -> None:
     assert second["finish_reason"] == "length"
 
 
-@pytest.mark.parametrize("name", ["details", "return_log_probs", "stream"])
+DETAILED: list[dict[str, Any]] = [
+    {"details": True},
+    {"return_log_probs": True},
+    {"top_n_tokens": 1},
+]
+
+
+@pytest.mark.parametrize("asked", [*DETAILED, {"stream": True}], ids=str)
 @pytest.mark.parametrize("schema", ["outputs", "lmi", "tgi", "generate"])
-def test_log_probs_are_computed_for_answers_that_tell_them(schema: str, name: str) -> None:
+def test_log_probs_are_computed_for_answers_that_tell_them(
+    schema: str, asked: dict[str, Any]
+) -> None:
     assert not parsed(schema, "a").prompts[0].log_probs
-    assert parsed(schema, "a", **{name: True}).prompts[0].log_probs
+    assert parsed(schema, "a", **asked).prompts[0].log_probs
+
+
+@pytest.mark.parametrize("asked", DETAILED, ids=str)
+@pytest.mark.parametrize("schema", ["outputs", "lmi", "generate"])
+def test_what_asks_for_details(schema: str, asked: dict[str, Any]) -> None:
+    assert "details" not in answer(schema, "a", WITH_TOPS)
+    assert answer(schema, "a", WITH_TOPS, **asked) == answer(schema, "a", WITH_TOPS, details=True)
 
 
 @pytest.mark.parametrize("schema", ["lmi", "generate"])

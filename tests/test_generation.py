@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -129,6 +130,15 @@ def test_a_stream_never_shows_what_a_stop_of_ids_takes_away(
     assert (result.finish_reason == "stop_sequence") == any(
         ids[i : i + len(stop)] == stop for i in range(len(ids))
     )
+
+
+def test_what_many_stop_sequences_hold_back_takes_no_time() -> None:
+    stops = ["ab" * 127 + chr(97 + i // 26) + chr(97 + i % 26) for i in range(256)]
+    parameters = GenerationParameters(stop_sequences=stops, max_new_tokens=600)  # type: ignore[arg-type]
+    begin = time.perf_counter()
+    _, events = run("ab" * 120 + "c" * 200, parameters)
+    assert time.perf_counter() - begin < 1.0
+    assert [event.text for event in events].index("ab" * 120 + "c") == 240
 
 
 def test_the_longest_stop_of_ids_is_cut() -> None:

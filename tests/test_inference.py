@@ -75,6 +75,12 @@ def test_parameters_under_fastertransformers_names(model: Model) -> None:
     assert theirs == ours
 
 
+def test_the_full_text_begins_with_the_input(model: Model) -> None:
+    texts = model.pipeline_generate(PROMPTS)
+    full = model.pipeline_generate(PROMPTS, return_full_text=True)
+    assert full == [prompt + text for prompt, text in zip(PROMPTS, texts)]
+
+
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [

@@ -548,7 +548,7 @@ def test_t5_on_a_cpu_is_served_by_onnx_runtime(
         (lambda _: None, {"dtype": "bf16"}, ("torch", "option.dtype=bf16 on a CPU")),
         (lambda _: None, {"tensor_parallel_degree": 2}, ("torch", "option.tensor_parallel_degr")),
     ],
-    ids=str,
+    ids=["bart", "asked for", "fp16", "bf16", "two ranks"],
 )
 def test_what_others_serve(
     checkpoint: Path, change: Change, options: dict[str, Any], expected: tuple[str, str]

@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from handler.config import Configuration
 from handler.parameters import PARAMETERS
 from handler.responses import Reply, StreamReply
+from handler.schemas.records import JSON_LINES
 from handler.service import Service, Wanted
 from handler.streaming import AsyncStream
 
@@ -77,9 +79,16 @@ def test_any_json_is_answered_or_refused(service: Service, body: Any) -> None:
     max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.binary(max_size=40) | st.tuples(st.binary(), st.integers(0, 40)).map(lambda t: _cut(*t)))
+@example(b"{}\n\x00")
+@example(b"{}\n{")
 def test_any_bytes_are_answered_or_refused(service: Service, body: bytes) -> None:
     (answer,) = service.answer_batch([body])
-    assert_is_a_reply(answer)
+    if answer.headers.get("content-type") == JSON_LINES:  # it was objects on lines of their own
+        for line in answer.body.splitlines():
+            error = "error" in json.loads(line)
+            assert_is_a_reply(replace(answer, body=line, status=400 if error else 200))
+    else:
+        assert_is_a_reply(answer)
 
 
 def _cut(inserted: bytes, at: int) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import javaproperties
@@ -89,6 +90,18 @@ def test_values_of_any_kind_are_read_back_by_java_rules() -> None:
     made = serving_properties(LMI, [("prompt_template", template), ("s3url", "s3://b/p=1/")])
     assert read(made.text)["option.prompt_template"] == template
     assert "\noption.s3url=s3://b/p=1/\n" in made.text
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_the_folders_own_file_keeps_its_bytes(tmp_path: Path, encoding: str) -> None:
+    own = tmp_path / "serving.properties"
+    own.write_bytes("# Grüße\noption.prompt_template=Übersetze: {input}\n".encode(encoding))
+    assert serving_properties(LMI, [], own).content == own.read_bytes()
+    changed = serving_properties(LMI, [("prompt_template", "Über 😀: {input}")], own).content
+    assert changed.startswith("# Grüße\n".encode(encoding))
+    assert dict(javaproperties.load(io.BytesIO(changed)))["option.prompt_template"] == (
+        "Über 😀: {input}"
+    )
 
 
 def test_what_2023s_images_need() -> None:

@@ -38,6 +38,12 @@ def test_what_is_no_object_is_left_to_be_refused(body: bytes) -> None:
     assert steps.request(body) is body
 
 
+def test_lines_do_not_pass_by_the_steps() -> None:
+    with pytest.raises(RequestError, match="is several JSON texts") as refused:
+        Steps(before=dict).request(b'{"inputs": "x"}\n{"inputs": "y"}')
+    assert refused.value.code == 400
+
+
 @pytest.mark.parametrize(
     ("returned", "words"),
     [

@@ -153,6 +153,19 @@ def test_a_whole_vocabulary_is_filtered_as_in_transformers(
         assert np.mean(tokens == expected) > 0.98, "all but where rounding decides"
 
 
+@pytest.mark.parametrize(("size", "temperature"), [(500, 1e5), (5000, 1e4)])
+def test_typical_p_tells_tokens_apart_that_are_nearly_equal(size: int, temperature: float) -> None:
+    logits = random_logits(size, 1.0)
+    p = sampled(typical_p=0.3003, temperature=temperature)
+    allowed = torch.isfinite(transformers_scores(logits.astype(np.float64), p)).numpy()
+    kept = np.flatnonzero(allowed)
+    shares = np.exp(logits[kept].astype(np.float64) / temperature)
+    ends = shares.cumsum() / shares.sum()
+    places = np.linspace(0, len(kept) - 1, 20).astype(int)
+    numbers = ends[places] - shares[places] / shares.sum() / 2
+    assert drawn(logits, p, numbers) == kept[places].tolist()
+
+
 @settings(deadline=None)
 @given(p=parameters, size=st.integers(4, 300), spread=spreads, seed=st.integers(0, 1000))
 def test_beams_keep_two_tokens_at_least_as_in_transformers(

@@ -5,7 +5,10 @@ On a GPU they are compiled, and the same tests run on it.
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -155,14 +158,14 @@ class Steps:
         *_, handles = self.engine.encode([[5, 6, 1], list(range(3, 70)), [9, 1]])
         assert handles is not None
         self._handles = handles
-        self._ids = np.random.default_rng(0).integers(3, 300, (3, 6))
+        self._ids = np.random.default_rng(0).integers(3, 300, (3, 4))
 
     def logits(self) -> Array:
         """[steps, rows, vocabulary], of fewer and fewer rows where the last are NaN"""
         for row, handle in enumerate(self._handles):
             self.engine.attach(handle, row)
         made = []
-        for k, rows in enumerate([3, 3, 3, 2, 2, 1]):
+        for k, rows in enumerate([3, 3, 2, 1]):
             got = self.engine.decode(rows, self._ids[:rows, [k]], np.full(rows, k))[:, 0]
             made.append(np.pad(got, ((0, 3 - rows), (0, 0)), constant_values=np.nan))
         return np.stack(made)
@@ -182,6 +185,34 @@ def test_whole_steps(tmp_path: Path, demo: Path, variant: str) -> None:
     assert same(steps.logits(), plain)
     steps.engine.use_graphs(capture=rerun)
     assert same(steps.logits(), plain)
+
+
+def test_kernels_that_fail_are_not_used(
+    tmp_path: Path, demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where Triton has no compiler, or the GPU no bf16."""
+    steps = Steps(write_checkpoint(tmp_path, "flan-t5", demo))
+    plain = steps.logits()
+    monkeypatch.setattr(kernels, "_attention", {})
+    with pytest.raises(KeyError):
+        steps.engine.use_kernels()
+    assert (steps.logits() == plain).all(where=~np.isnan(plain))
+
+
+def test_they_compile_for_gpus(tmp_path: Path, demo: Path) -> None:
+    """To machine code, by Triton itself, with the arguments that a model's decoding gives them; and
+    nothing is compiled when more rows come than the first, or a short prompt."""
+    folder = write_checkpoint(tmp_path / "model", "flan-t5", demo)
+    told = subprocess.run(
+        [sys.executable, Path(__file__).with_name("compile_kernels.py"), folder],
+        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    needed = {"_attention", "_add_norm", "_gate"}
+    for case, (first, later) in json.loads(told.stdout).items():
+        assert set(first) == needed | ({"_int8_product"} if "int8" in case else set())
+        assert not later
 
 
 def test_the_counts_that_are_captured_waste_little() -> None:

@@ -6,13 +6,14 @@ import fcntl
 import gzip
 import hashlib
 import os
+import stat
 import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, TextIO, cast
 
 from handler.errors import LoadError
 
@@ -48,6 +49,8 @@ class Source:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        if path == STANDARD and sys.stdin is None:
+            raise LoadError("standard input is closed")
         if path != STANDARD and not path.exists():
             raise LoadError(f"{path}: no such file")
         self.can_be_read_again = path != STANDARD and path.is_file()
@@ -87,8 +90,8 @@ class Source:
         """What changes when somebody writes to the file."""
         if not self.can_be_read_again:
             return None
-        stat = self._path.stat()
-        return stat.st_size, stat.st_mtime_ns
+        now = self._path.stat()
+        return now.st_size, now.st_mtime_ns
 
     @contextmanager
     def _opened(self) -> Iterator[IO[bytes]]:
@@ -117,8 +120,11 @@ class GrowingFile:
         self._packed = path.suffix == ".gz"
         self._packer: gzip.GzipFile | None = None
         with self._telling():
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            self._raw: IO[bytes] = os.fdopen(descriptor, "r+b")
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise LoadError(f"{path} is no plain file; - is standard output")
+        self._raw: IO[bytes] = os.fdopen(descriptor, "r+b")
         self._lock()
 
     @property
@@ -176,8 +182,10 @@ class StandardStream:
 
     size = 0
 
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO | None) -> None:
+        if stream is None:
+            raise LoadError("standard output and standard error must not be closed")
+        self._stream = stream.buffer
 
     def cut(self, size: int) -> None:
         pass
@@ -198,7 +206,9 @@ class StandardStream:
     def _telling(self) -> Iterator[None]:
         try:
             yield
-        except BrokenPipeError:
+        except OSError as error:
             # so that Python does not try again at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-            raise LoadError("nobody reads the output any more") from None
+            if isinstance(error, BrokenPipeError):
+                raise LoadError("nobody reads the output any more") from None
+            raise LoadError(f"standard output cannot be written: {error.strerror}") from error

@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, TextIO, Union
 
 from handler.batch.files import STANDARD, Content, GrowingFile, Line, StandardStream
 from handler.batch.journal import Checkpoint, Journal, journal_of, read_journal
@@ -43,7 +43,8 @@ class Results:
         """Where to go on. found: the input, None where it cannot be read again. Raises LoadError
         where what is there was made otherwise."""
         then = self._journal_file and read_journal(self._journal_file)
-        if then and self._lines.size:
+        # without answers the output is empty also where nobody removed it to begin again
+        if then and (self._lines.size or (then.checkpoint.bad and not then.checkpoint.answered)):
             assert found is not None
             then.refuse_others(settings, found, self._output)
             self.checkpoint = then.checkpoint
@@ -103,8 +104,8 @@ class Results:
     def close(self) -> None:
         self._lines.close()
         self._errors.close()
-        if self.errors != STANDARD and not self.checkpoint.bad:
-            self.errors.unlink(missing_ok=True)
+        if self.errors != STANDARD and not self.errors.stat().st_size:
+            self.errors.unlink()
 
     def _advance(self, line: Line, answered: int = 0, bad: int = 0) -> None:
         self.checkpoint = replace(
@@ -116,5 +117,5 @@ class Results:
         )
 
 
-def _opened(path: Path, stream: Any) -> _File:
-    return StandardStream(stream.buffer) if path == STANDARD else GrowingFile(path)
+def _opened(path: Path, stream: TextIO | None) -> _File:
+    return StandardStream(stream) if path == STANDARD else GrowingFile(path)

@@ -122,7 +122,6 @@ def _members(order: Order, weights: Weights, work: Path) -> list[Member]:
     if order.folder is not None and (order.folder / FILE).is_file():
         lines += own_requirements(order.folder / FILE, order.image)
     ours = {
-        settings.FILE: weights.settings.text,
         FILE: requirements_text(order.image, lines, offline=order.vendor_wheels),
         "model.py": entry_point,
         **modules,
@@ -131,8 +130,10 @@ def _members(order: Order, weights: Weights, work: Path) -> list[Member]:
     if order.vendor_wheels:
         (work / WHEELS).mkdir()
         wheels = download_wheels(order.image, lines, work / WHEELS)
+    contents = {name: text.encode() for name, text in ours.items()}
+    contents[settings.FILE] = weights.settings.content
     return [
-        *(Member.of_bytes(name, text.encode()) for name, text in sorted(ours.items())),
+        *(Member.of_bytes(name, content) for name, content in sorted(contents.items())),
         *(Member.of_file(name, file) for name, file in sorted(files.items())),
         *(Member.of_file(f"{WHEELS}/{file.name}", file) for file in wheels),
         *sorted(weights.members, key=lambda member: member.name),

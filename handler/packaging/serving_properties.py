@@ -43,6 +43,11 @@ class ServingProperties:
     text: str
     configuration: Configuration
 
+    @property
+    def content(self) -> bytes:
+        """The file's bytes: Java reads each as one character, and so did we."""
+        return self.text.encode("latin-1")
+
     def without(self, *names: str) -> ServingProperties:
         """The same less some of our properties."""
         return _read(_edited(self.text, {}, [key for n in names for key in _keys_of(n)]))

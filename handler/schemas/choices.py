@@ -76,7 +76,7 @@ class GivenAnswers:
             _scores(given, (result, *result.alternatives))
             for given, result in zip(request.answers, results)
         ]
-        if p.details or p.return_log_probs:
+        if p.wants_details:
             for each, result in zip(scores, results):
                 for score, one in zip(each, (result, *result.alternatives)):
                     score["tokens"] = _tokens(one, tokenizer)

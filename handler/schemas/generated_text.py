@@ -38,11 +38,6 @@ Json = dict[str, Any]
 WriteToken = Callable[[int, str, Optional[float], bool], Json]
 
 
-def _wants_details(request: ParsedRequest) -> bool:
-    p = request.parameters
-    return p.details or p.return_log_probs
-
-
 def _full_text(request: ParsedRequest, text: str, result: GenerationResult) -> str:
     return text + result.text if request.parameters.return_full_text else result.text
 
@@ -102,7 +97,7 @@ class Outputs(_InputsSchema):
             for sequence in (result, *result.alternatives)
         ]
         body: Json = {"outputs": [_full_text(request, text, result) for text, result in each]}
-        if _wants_details(request):
+        if request.parameters.wants_details:
             body["details"] = [self._details(result, tokenizer) for _, result in each]
         return body
 
@@ -145,7 +140,7 @@ class _GeneratedText(_InputsSchema):
         tokenizer: Tokenizer,
     ) -> Json:
         item: Json = {"generated_text": _full_text(request, text, result)}
-        if _wants_details(request) or result.alternatives:
+        if request.parameters.wants_details or result.alternatives:
             details = self._details(text, seed, result, tokenizer)
             if result.alternatives:
                 details["best_of_sequences"] = [
@@ -248,7 +243,7 @@ class LmiLines:
         if event.result is not None:
             (text,) = self._request.inputs
             record["generated_text"] = _full_text(self._request, text, event.result)
-            if _wants_details(self._request):
+            if self._request.parameters.wants_details:
                 record["details"] = {**_common_details(event.result), "inputs": text}
         return json_line(record)
 
@@ -281,7 +276,7 @@ class TgiEvents:
         if event.result is not None:
             (text,) = self._request.inputs
             record["generated_text"] = _full_text(self._request, text, event.result)
-            if _wants_details(self._request):
+            if self._request.parameters.wants_details:
                 record["details"] = self._details(event.result)
         return server_sent_event(record)
 

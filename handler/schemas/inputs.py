@@ -28,7 +28,7 @@ def parse_inputs(body: Mapping[str, Any], deployment: Deployment) -> ParsedReque
         inputs=_texts(inputs),
         is_list=isinstance(inputs, list),
         parameters=parameters,
-        log_probs=parameters.details or parameters.return_log_probs or parameters.stream,
+        log_probs=parameters.wants_details or parameters.stream,
         template=_template(body.get("template"), deployment.prompt_template),
         variables=_variables(body.get("variables")),
         new_seed=deployment.new_seed,

@@ -30,14 +30,11 @@ class CudaGraphs:
         self, step: Step, max_rows: int, device: torch.device, capture: Capture | None = None
     ) -> None:
         start, before = time.monotonic(), _memory(device)
-        on_gpu = device.type == "cuda"
-        # on the host first: one copy to the device a step
-        self._host = torch.zeros(2, max_rows, dtype=torch.int64, pin_memory=on_gpu)
-        self._device = torch.zeros(2, max_rows, dtype=torch.int64, device=device)
+        self._inputs = torch.zeros(2, max_rows, dtype=torch.int64, device=device)
         capture = capture or _Capture(device)
         self._graphs: dict[int, tuple[Callable[[], None], Tensor]] = {}
         for rows in reversed(row_counts(max_rows)):  # the largest first: others use its memory
-            tokens, positions = self._device[0, :rows, None], self._device[1, :rows]
+            tokens, positions = self._inputs[0, :rows, None], self._inputs[1, :rows]
             self._graphs[rows] = capture(lambda t=tokens, p=positions: step(t, p))  # type: ignore[misc]
         self._counts = sorted(self._graphs)
         logger.info(
@@ -53,10 +50,10 @@ class CudaGraphs:
     ) -> Tensor:
         """tokens [n, 1], positions [n] -> logits [n, 1, vocabulary], good until the next call"""
         rows = next(count for count in self._counts if count >= n)
-        self._host[:, n:rows] = 0
-        self._host[0, :n] = torch.from_numpy(np.ascontiguousarray(tokens[:, 0]))
-        self._host[1, :n] = torch.from_numpy(np.ascontiguousarray(positions))
-        self._device.copy_(self._host, non_blocking=True)
+        inputs = np.zeros(self._inputs.shape, np.int64)
+        inputs[0, :n], inputs[1, :n] = tokens[:, 0], positions
+        # not from pinned memory, which the next step might write to before it is read
+        self._inputs.copy_(torch.from_numpy(inputs), non_blocking=True)
         replay, logits = self._graphs[rows]
         replay()
         return logits[:n]
@@ -69,20 +66,21 @@ def row_counts(max_rows: int) -> list[int]:
 
 
 class _Capture:
-    """Captures steps that share one pool of memory, since only one runs at a time."""
+    """Captures steps that share one pool of memory, since only one runs at a time, and one stream,
+    for each of which cuBLAS has a workspace."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(side):  # kernels are compiled and workspaces made before
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):  # kernels are compiled and workspaces made before
             step()
-        torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # meanwhile another thread, of another model or of NCCL, may call CUDA as it likes
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             logits = step()
         return graph.replay, logits
 

@@ -48,10 +48,12 @@ class TorchT5StepEngine:
         self.max_rows = max_rows
         self.max_input_tokens = max_input_tokens
         self.max_output_tokens = max_output_tokens
-        at_once = _ENCODE_TOKENS_GPU if device.type == "cuda" else _ENCODE_TOKENS_CPU
-        self.encode_tokens = max(at_once, max_input_tokens)
         on_gpu = device.type == "cuda"
+        at_once = _ENCODE_TOKENS_GPU if on_gpu else _ENCODE_TOKENS_CPU
+        self.encode_tokens = max(at_once, max_input_tokens)
         self.sampler: Sampler = DeviceSampler() if on_gpu else HostSampler()
+        if on_gpu:  # on Hopper it comes first, and makes a plan for every new length
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self._model = model
         self._device = device
         dtype = model.dtype
@@ -64,15 +66,23 @@ class TorchT5StepEngine:
         self._graphs: CudaGraphs | None = None
 
     def use_kernels(self) -> None:
-        """Decode with the kernels from now on. Raises ImportError where there is no Triton."""
+        """Decode with the kernels from now on. All ranks of a model call it together. Where it
+        raises, which may be anything that Triton and CUDA do, decoding goes on without them."""
         from handler.engines.torch_t5.kernels import fuse
 
-        fuse(self._model)
+        self._use_device()
+        take_out = fuse(self._model)
+        try:
+            start = torch.zeros(1, dtype=torch.int64, device=self._device)
+            self._step(start[:, None], start)
+            self._wait()
+        except BaseException:
+            take_out()
+            raise
         self._has_kernels = True
 
     def use_graphs(self, capture: Capture | None = None) -> None:
-        """Run the kernels as CUDA graphs from now on. All ranks of a model call it together. Raises
-        what CUDA and Triton do."""
+        """Run the kernels as CUDA graphs from now on. See use_kernels, which comes before."""
         self._use_device()
         self._graphs = CudaGraphs(self._step, self.max_rows, self._device, capture)
 
@@ -87,15 +97,13 @@ class TorchT5StepEngine:
                 self._wait()
                 yield None
         assert encoded is not None
-        layers = []
-        for keys_values in self._model.cross_keys_values(encoded):
-            layers.append(keys_values)
+        handles = [self._rows.empty_prompt(length) for length in lengths]
+        for layer, keys_values in enumerate(self._model.cross_keys_values(encoded)):
+            for handle, part in zip(handles, torch.split(keys_values, lengths, dim=2)):
+                handle.keys_values[layer] = part
             self._wait()
             yield None
-        together = torch.stack(layers)
-        layers.clear()
-        parts = torch.split(together, lengths, dim=3)
-        yield [EncodedPrompt(part.clone()) for part in parts]
+        yield handles
 
     def attach(self, handle: EncodedPrompt, row: int) -> None:
         """Let ``row`` decode against this prompt, from its beginning."""
@@ -148,6 +156,7 @@ class TorchT5StepEngine:
 
     def close(self) -> None:
         del self._model, self._rows
+        self._graphs = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -5,6 +5,9 @@ the matrix products. Each does what the plain code beside it in model.py and kv_
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
@@ -17,6 +20,8 @@ from handler.engines.torch_t5.quantize import Int8Linear
 _KEYS_AT_ONCE = 64
 # What one program of the int8 product computes, and how much of its inputs at a time.
 _ROWS, _OUTPUTS, _INPUTS = 16, 16, 256
+# Before Ampere the products are no tensor core's, and of more inputs registers would not do.
+_INPUTS_BEFORE_AMPERE = 64
 _WIDEST_BLOCK = 4096  # of numbers that one program of a kernel works on at a time
 
 
@@ -189,12 +194,18 @@ def int8_product(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
     grid = (triton.cdiv(outputs, _OUTPUTS), triton.cdiv(len(flat), _ROWS))
     _int8_product[grid](
         flat, values, scales, result, len(flat), inputs, outputs,
-        ROWS=_ROWS, OUTPUTS=_OUTPUTS, INPUTS=_INPUTS,
+        ROWS=_ROWS, OUTPUTS=_OUTPUTS, INPUTS=_inputs_at_once(x.device),
     )  # fmt: skip
     return result.view(*x.shape[:-1], outputs)
 
 
-@triton.jit
+def _inputs_at_once(device: torch.device) -> int:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return _INPUTS_BEFORE_AMPERE
+    return _INPUTS
+
+
+@triton.jit(do_not_specialize=["rows"])  # a prompt's tokens, too, which are of any number
 def _int8_product(
     x_of, values, scales, result, rows, inputs, outputs,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
@@ -217,14 +228,27 @@ def _int8_product(
     tl.store(places, total.to(result.dtype.element_ty), mask=is_row[:, None] & is_output[None, :])
 
 
-def fuse(model: T5) -> None:
-    """Put the kernels into the decoder and the head of a model that is built."""
-    for module in (*model.decoder.modules(), *model.lm_head.modules()):
-        if isinstance(module, Int8Linear):
-            module.few_rows = int8_product
+def fuse(model: T5) -> Callable[[], None]:
+    """Put the kernels into the decoder and the head of a model that is built. What is returned
+    takes them out again."""
+    replaced: list[tuple[nn.Module, str, Any]] = []
+
+    def replace(module: nn.Module, name: str, new: Any) -> None:
+        replaced.append((module, name, getattr(module, name)))
+        setattr(module, name, new)
+
     for module in list(model.decoder.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, Norm):
-                setattr(module, name, FusedNorm(child))
+                replace(module, name, FusedNorm(child))
         if isinstance(module, FeedForward) and module.is_gated_gelu:
-            module.activation = FusedGate(module.hidden_dtype)
+            replace(module, "activation", FusedGate(module.hidden_dtype))
+    for module in (*model.decoder.modules(), *model.lm_head.modules()):
+        if isinstance(module, Int8Linear):
+            replace(module, "few_rows", int8_product)
+
+    def take_out() -> None:
+        for place in replaced:
+            setattr(*place)
+
+    return take_out

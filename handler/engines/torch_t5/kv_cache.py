@@ -62,6 +62,11 @@ class RowCache:
         """What it takes, ``item`` bytes a number."""
         return 2 * a.num_decoder_layers * rows * a.num_heads * a.d_kv * (prompt + output) * item
 
+    def empty_prompt(self, length: int) -> EncodedPrompt:
+        """To be filled, layer by layer."""
+        layers, two, _, heads, _, size = self.cross.shape
+        return EncodedPrompt(self.cross.new_empty(layers, two, heads, length, size))
+
     def attach(self, prompt: EncodedPrompt, row: int) -> None:
         length = prompt.length
         self.cross[:, :, row, :, :length] = prompt.keys_values

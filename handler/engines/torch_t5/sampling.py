@@ -110,15 +110,16 @@ def _draw(
 
 
 def _typical(weights: Tensor, ranked: Tensor, share: Tensor) -> Tensor:
-    """Which stay: those whose surprise is nearest to the expected one (arXiv 2202.00666)."""
-    whole = weights.sum(-1, keepdim=True)
-    surprise = whole.log() - (ranked - ranked[:, :1]).clamp(min=-1e4)
-    surprise = (surprise - (weights * surprise).sum(-1, keepdim=True) / whole).abs()
-    surprise[weights == 0] = torch.inf
-    by_key, order = surprise.sort(dim=-1, stable=True)
+    """Which stay: those whose surprise is nearest to the expected one (arXiv 2202.00666), and so
+    their score to the expected score."""
+    scores = (ranked - ranked[:, :1]).clamp(min=-1e4)
+    expected = (weights * scores).sum(-1, keepdim=True) / weights.sum(-1, keepdim=True)
+    distance = (scores - expected).abs()
+    distance[weights == 0] = torch.inf
+    by_key, order = distance.sort(dim=-1, stable=True)
     before, total = _before(weights.gather(1, order))
     last = (before < (share * total)[:, None]).sum(-1).clamp(min=1) - 1
-    is_typical: Tensor = surprise <= by_key.gather(1, last[:, None])
+    is_typical: Tensor = distance <= by_key.gather(1, last[:, None])
     return is_typical | ~_is_on(share)[:, None]
 
 

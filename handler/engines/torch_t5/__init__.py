@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,8 +35,10 @@ logger = logging.getLogger(__name__)
 _DEGREE = "option.tensor_parallel_degree"
 _OLDEST_TORCH = (2, 4)
 _BF16_CAPABILITY = 8  # major compute capability
-# Part of a GPU's free memory for the rows; the rest is for activations and the allocator's gaps.
+# Part of a GPU's free memory for the rows; the rest is for CUDA graphs, NCCL and gaps.
 _ROWS_SHARE = 0.85
+# Bytes for each of a row's logits: what choosing its token takes at most, top_p and typical_p used.
+_CHOOSING_BYTES = 104
 
 
 def load(folder: Path, c: Configuration) -> TorchT5StepEngine | TensorParallelEngine:
@@ -131,9 +133,16 @@ class LoadedPart:
         join_ranks(self.model, self.whole.vocab_size, group)
 
     def engine(self, rows: int) -> TorchT5StepEngine:
+        """As fast as the device lets it be."""
+        engine = self.plain_engine(rows)
+        if self.device.type == "cuda":
+            _speed_up(engine)
+        return engine
+
+    def plain_engine(self, rows: int) -> TorchT5StepEngine:
         from handler.engines.torch_t5.engine import TorchT5StepEngine
 
-        engine = TorchT5StepEngine(
+        return TorchT5StepEngine(
             self.model,
             self.architecture,
             self.tokenizer,
@@ -142,9 +151,12 @@ class LoadedPart:
             max_input_tokens=self.configuration.max_input_tokens,
             max_output_tokens=self.configuration.max_output_tokens,
         )
+
+    def with_rows(self) -> LoadedPart:
+        """As many as are asked for, or as fit beside what encoding takes. Raises LoadError."""
         if self.device.type == "cuda":
-            _speed_up(engine)
-        return engine
+            _try_to_encode(self.plain_engine(1), self.configuration)
+        return replace(self, rows=_rows(self))
 
 
 def _speed_up(engine: TorchT5StepEngine) -> None:
@@ -153,7 +165,8 @@ def _speed_up(engine: TorchT5StepEngine) -> None:
         engine.use_kernels()
         engine.use_graphs()
     except Exception as error:  # Triton's compiler, the driver, too little memory
-        logger.warning("decoding is slower than it could be, without CUDA graphs: %r", error)
+        without = "CUDA graphs" if engine.has_kernels else "kernels and CUDA graphs"
+        logger.warning("decoding is slower than it could be, without %s: %r", without, error)
 
 
 def load_part(folder: Path, c: Configuration, rank: int = 0, degree: int = 1) -> LoadedPart:
@@ -172,7 +185,7 @@ def load_part(folder: Path, c: Configuration, rank: int = 0, degree: int = 1) ->
     dtype = _compute_dtype(c, device)
     model = load_model(own, _parts(folder, c, whole, rank, degree), dtype, device)
     return_freed_memory()
-    return LoadedPart(model, whole, own, tokenizer, device, _rows(c, own, dtype, device), c)
+    return LoadedPart(model, whole, own, tokenizer, device, 1, c).with_rows()
 
 
 def _degree(c: Configuration) -> int:
@@ -255,18 +268,38 @@ def _parts(folder: Path, c: Configuration, a: T5Architecture, rank: int, degree:
     return CheckpointParts(weights, a, rank, degree, int8=c.dtype == "int8")
 
 
-def _rows(c: Configuration, a: T5Architecture, dtype: torch.dtype, device: torch.device) -> int:
-    """As many as are asked for, or as fit. Raises LoadError where they do not."""
+def _try_to_encode(engine: TorchT5StepEngine, c: Configuration) -> None:
+    """The most prompts at once: the memory that it takes stays with torch's allocator, so that what
+    is free then is free for rows. Raises LoadError."""
+    import torch
+
+    longest = [0] * c.max_input_tokens  # an id that each rank's part of the embedding has
+    try:
+        for _ in engine.encode([longest] * (engine.encode_tokens // len(longest))):
+            pass
+    except torch.cuda.OutOfMemoryError as error:
+        raise LoadError(
+            f"the model leaves too little memory to encode {engine.encode_tokens} tokens; lower "
+            "option.max_input_tokens or raise option.tensor_parallel_degree"
+        ) from error
+
+
+def _rows(part: LoadedPart) -> int:
+    """Raises LoadError where those that are asked for do not fit."""
     import torch
 
     from handler.engines.torch_t5.kv_cache import RowCache
 
+    c, device = part.configuration, part.device
+    limits = c.max_input_tokens, c.max_output_tokens
+    of_one = RowCache.nbytes(part.architecture, 1, *limits, part.model.dtype.itemsize)
     if device.type == "cuda":
-        free, wanted = int(torch.cuda.mem_get_info(device)[0] * _ROWS_SHARE), MAX_ROWS_ON_GPU
+        of_one += part.whole.vocab_size * _CHOOSING_BYTES
+        left = int(torch.cuda.mem_get_info(device)[0] * _ROWS_SHARE) - (c.encoder_cache << 20)
+        free, wanted = max(0, left), MAX_ROWS_ON_GPU
     else:
         available = available_memory()
         free, wanted = 1 << 62 if available is None else available, MAX_ROWS_ON_CPU
-    of_one = RowCache.nbytes(a, 1, c.max_input_tokens, c.max_output_tokens, dtype.itemsize)
     rows = c.max_rows or min(wanted, free // of_one)
     if not rows or rows * of_one > free:
         raise LoadError(

@@ -62,7 +62,7 @@ class TorchT5StepEngine:
         self._encoder_bias = _by_distance(encoder, a, max_input_tokens, True).to(dtype)
         self._decoder_bias = _by_distance(decoder, a, max_output_tokens, False).to(dtype)
         self._decoder_bias[..., max_output_tokens:] = -torch.inf  # keys ahead of the token
-        self._has_kernels = False
+        self.has_kernels = False
         self._graphs: CudaGraphs | None = None
 
     def use_kernels(self) -> None:
@@ -79,7 +79,7 @@ class TorchT5StepEngine:
         except BaseException:
             take_out()
             raise
-        self._has_kernels = True
+        self.has_kernels = True
 
     def use_graphs(self, capture: Capture | None = None) -> None:
         """Run the kernels as CUDA graphs from now on. See use_kernels, which comes before."""
@@ -122,7 +122,7 @@ class TorchT5StepEngine:
             rows.own_used[row] = max(rows.own_used[row], position + q)
         if self._graphs is not None and q == 1:
             logits = self._graphs.run(n, tokens, positions)
-        elif self._has_kernels and q == 1:
+        elif self.has_kernels and q == 1:
             logits = self._step(self._moved(tokens), self._moved(positions))
         else:
             memory = StepMemory(

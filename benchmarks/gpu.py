@@ -35,9 +35,9 @@ from torch import Tensor
 from handler.checkpoints.architecture import T5Architecture
 from handler.checkpoints.tensors import EMBEDDINGS, HEAD, tensors_of_the_stacks
 from handler.config import Configuration
-from handler.engines.torch_t5 import LoadedPart
 from handler.engines.torch_t5.engine import TorchT5StepEngine
 from handler.engines.torch_t5.loading import load_model
+from handler.engines.torch_t5.part import LoadedPart
 from handler.generation import GenerationRequest
 from handler.inference import Model
 from handler.machine import usable_cpus

@@ -15,9 +15,10 @@ from triton.runtime.driver import driver  # type: ignore[import-untyped]
 from triton.runtime.jit import JITFunction  # type: ignore[import-untyped]
 
 from handler.config import configuration_of
-from handler.engines import torch_t5
 from handler.engines.torch_t5 import kernels
+from handler.engines.torch_t5 import part as part_module
 from handler.engines.torch_t5.engine import TorchT5StepEngine
+from handler.engines.torch_t5.part import load_part
 
 TURING, AMPERE, HOPPER = 75, 80, 90
 # Products of int8 are computed in bf16, before Ampere in fp16.
@@ -80,11 +81,11 @@ def main(folder: Path) -> None:
 def _engine(folder: Path, capability: int, dtype: str) -> TorchT5StepEngine:
     # what would be asked of a device that is there
     wide = torch.float16 if capability < AMPERE else torch.bfloat16
-    torch_t5._compute_dtype = lambda *_: torch.float32 if dtype == "fp32" else wide
+    part_module._compute_dtype = lambda *_: torch.float32 if dtype == "fp32" else wide
     per_program = kernels._INPUTS_BEFORE_AMPERE if capability < AMPERE else kernels._INPUTS
     kernels._inputs_at_once = lambda device: per_program
     c = configuration_of(str(folder), dtype=dtype, max_rows=64, max_output_tokens=20)
-    engine = torch_t5.load_part(folder, c).engine(64)
+    engine = load_part(folder, c).engine(64)
     engine.use_kernels()  # which runs them over one row
     return engine
 

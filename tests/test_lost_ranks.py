@@ -37,7 +37,7 @@ START = 180
 
 def ranks_of(pid: int | None = None) -> list[psutil.Process]:
     children = psutil.Process(pid).children(recursive=True)
-    return [p for p in children if "handler.engines.torch_t5.rank" in p.cmdline()]
+    return [p for p in children if "handler.engines.torch_ranks.rank" in p.cmdline()]
 
 
 def wait_until(condition: Callable[[], object], seconds: float = START) -> None:

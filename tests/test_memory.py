@@ -56,7 +56,7 @@ def test_the_onnx_engine_holds_as_many_bytes(folder: Path) -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
 def test_the_torch_engine_holds_as_many_bytes(folder: Path, dtype: str) -> None:
     pytest.importorskip("torch")
-    from handler.engines.torch_t5 import load_part
+    from handler.engines.torch_t5.part import load_part
 
     c = configuration_of(str(folder), dtype=dtype, device_id=-1)
     model = load_part(folder, c).model

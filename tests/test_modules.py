@@ -25,7 +25,7 @@ def test_engines_that_are_imported_late_are_there_and_nothing_that_only_ships() 
         "handler/engines/onnx_t5/build.py",
         "handler/checkpoints/s3_tools.py",
         "handler/checkpoints/partition.py",
-        "handler/engines/torch_t5/rank.py",  # run as a process, imported by nobody
+        "handler/engines/torch_ranks/rank.py",  # run as a process, imported by nobody
     } <= names
     for not_serving in ("cli", "packaging", "deployment", "server.py", "__main__.py"):
         assert not [n for n in names if n.startswith(f"handler/{not_serving}")], not_serving

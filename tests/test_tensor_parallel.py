@@ -28,7 +28,7 @@ from test_scheduler import Bench, play, scripts
 from handler.checkpoints.partition import partition
 from handler.config import configuration_of
 from handler.engines import Model, init_inference
-from handler.engines.torch_t5.parallel_engine import TensorParallelEngine
+from handler.engines.torch_ranks.engine import TensorParallelEngine
 from handler.errors import LoadError
 from handler.generation import GenerationRequest, GenerationResult
 from handler.parameters import parse_parameters
@@ -39,7 +39,7 @@ LENGTH = 24
 
 
 def ranks_of_this_process() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children() if "torch_t5.rank" in " ".join(p.cmdline())]
+    return [p for p in psutil.Process().children() if "torch_ranks.rank" in " ".join(p.cmdline())]
 
 
 @contextmanager

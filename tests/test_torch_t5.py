@@ -24,9 +24,11 @@ from handler.checkpoints.architecture import T5Architecture
 from handler.checkpoints.find import model_config
 from handler.checkpoints.partition import partition
 from handler.config import configuration_of
-from handler.engines import init_inference, torch_t5
+from handler.engines import init_inference
 from handler.engines.protocol import StepEngine
+from handler.engines.torch_t5 import part as part_module
 from handler.engines.torch_t5.kv_cache import EncodedPrompt, RowCache
+from handler.engines.torch_t5.part import load_part
 from handler.errors import LoadError
 from handler.generation import GenerationRequest, GenerationResult
 from handler.parameters import parse_parameters
@@ -100,7 +102,7 @@ def test_a_partitioned_folder_answers_as_its_checkpoint(
 
 def test_a_tied_head_is_one_table_with_the_embedding(oracle_of: Callable[[str], Oracle]) -> None:
     c = configuration_of(str(oracle_of("t5-v1.0").folder), threads=1)
-    model = torch_t5.load_part(oracle_of("t5-v1.0").folder, c).model
+    model = load_part(oracle_of("t5-v1.0").folder, c).model
     assert model.lm_head.weight is model.embedding.weight
 
 
@@ -153,13 +155,13 @@ def test_as_many_rows_as_fit(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) 
     """Unless a number is asked for, which must fit."""
     a = T5Architecture.from_config(model_config(checkpoint))
     of_one = RowCache.nbytes(a, 1, 512, 512, 4)
-    monkeypatch.setattr(torch_t5, "available_memory", lambda: 5 * of_one + 1)
+    monkeypatch.setattr(part_module, "available_memory", lambda: 5 * of_one + 1)
     opened = open_engine("torch", checkpoint, max_rows=None, **LIMITS)
     assert opened.max_rows == 5
     opened.close()
     assert "the keys and values of 6 rows" in refused(checkpoint, max_rows=6, **LIMITS)
     for nothing in (0, of_one - 1):
-        monkeypatch.setattr(torch_t5, "available_memory", lambda left=nothing: left)
+        monkeypatch.setattr(part_module, "available_memory", lambda left=nothing: left)
         assert "the keys and values of 1 rows" in refused(checkpoint, **LIMITS)
 
 

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from handler.checkpoints.architecture import T5Architecture
 from handler.config import configuration_of
-from handler.engines import torch_t5
 from handler.engines.torch_t5.cuda_graphs import row_counts
 from handler.engines.torch_t5.kv_cache import RowCache, StepMemory
 from handler.engines.torch_t5.model import Activation, Norm
+from handler.engines.torch_t5.part import load_part
 from handler.engines.torch_t5.quantize import Int8Linear
 
 pytest.importorskip("triton")
@@ -154,7 +154,7 @@ class Steps:
 
     def __init__(self, folder: Path) -> None:
         limits = {"max_rows": 5, "max_input_tokens": 80, "max_output_tokens": 20}
-        self.engine = torch_t5.load_part(folder, configuration_of(str(folder), **limits)).engine(5)
+        self.engine = load_part(folder, configuration_of(str(folder), **limits)).engine(5)
         *_, handles = self.engine.encode([[5, 6, 1], list(range(3, 70)), [9, 1]])
         assert handles is not None
         self._handles = handles

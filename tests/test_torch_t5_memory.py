@@ -11,10 +11,9 @@ import torch
 from random_checkpoints import write_checkpoint
 
 from handler.config import configuration_of
-from handler.engines import torch_t5
-from handler.engines.torch_t5 import LoadedPart
 from handler.engines.torch_t5.engine import TorchT5StepEngine
 from handler.engines.torch_t5.kv_cache import RowCache
+from handler.engines.torch_t5.part import LoadedPart, load_part
 from handler.errors import LoadError
 
 MIB = 1 << 20
@@ -29,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, demo: Path) -> Path:
 def rows_on_gpu(
     folder: Path, monkeypatch: pytest.MonkeyPatch, free: int, **options: Any
 ) -> tuple[int, LoadedPart]:
-    part = torch_t5.load_part(folder, configuration_of(str(folder), **options))
+    part = load_part(folder, configuration_of(str(folder), **options))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
     # it computes where there is a device
     monkeypatch.setattr(LoadedPart, "plain_engine", lambda _, rows: plain_engine(part, rows))

@@ -15,7 +15,7 @@ from random_checkpoints import write_checkpoint
 from test_sampling import parameters, random_logits
 
 from handler.config import configuration_of
-from handler.engines import torch_t5
+from handler.engines.torch_t5.part import load_part
 from handler.engines.torch_t5.sampling import DeviceSampler
 from handler.generation import GenerationRequest
 from handler.inference import Model
@@ -146,7 +146,7 @@ def test_through_the_scheduler(tmp_path: Path, demo: Path) -> None:
     ]
     answers = []
     for sampler in (HostSampler(), DeviceSampler()):
-        part = torch_t5.load_part(folder, configuration_of(str(folder), max_rows=4))
+        part = load_part(folder, configuration_of(str(folder), max_rows=4))
         engine = part.engine(4)
         engine.sampler = sampler
         model = Model(

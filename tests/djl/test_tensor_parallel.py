@@ -37,7 +37,7 @@ def test_a_killed_rank_fails_its_requests_and_djl_starts_the_worker_again(
 ) -> None:
     with start_djl("0.34.0", TWO) as client:
         assert texts(client.predict(ask("Write 7 in words."))) == ["seven"]
-        (rank,) = processes("handler.engines.torch_t5.rank")
+        (rank,) = processes("handler.engines.torch_ranks.rank")
         rank.kill()
         assert are_gone([rank.pid])
         assert texts(answer_of_the_next_worker(client)) == ["seven"]

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from handler.engines.torch_ranks.ranks import RankLost, Ranks, leave_group
 from handler.engines.torch_t5.engine import TorchT5StepEngine
 from handler.engines.torch_t5.kv_cache import EncodedPrompt
-from handler.engines.torch_t5.ranks import RankLost, Ranks, leave_group
 
 _T = TypeVar("_T")
 

@@ -274,7 +274,7 @@ def start_processes(
     for rank in range(1, size):
         # a session of its own: Ctrl-C in a terminal is for rank 0, which ends the others
         process = subprocess.Popen(
-            [sys.executable, "-m", "handler.engines.torch_t5.rank"],
+            [sys.executable, "-m", "handler.engines.torch_ranks.rank"],
             stdin=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": search},
             start_new_session=True,

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from handler.config import Configuration
-from handler.engines import torch_t5
+from handler.engines.torch_ranks.ranks import Link, process_group
 from handler.engines.torch_t5.engine import TorchT5StepEngine
 from handler.engines.torch_t5.kv_cache import EncodedPrompt
-from handler.engines.torch_t5.ranks import Link, process_group
+from handler.engines.torch_t5.part import load_part
 from handler.errors import one_line
 from handler.log import start_log
 
@@ -36,7 +36,7 @@ class Follower:
         self._name = f"rank {rank} of {size}"
         self._link = Link(store, rank)
         with self._telling():
-            part = torch_t5.load_part(folder, c, rank, size)
+            part = load_part(folder, c, rank, size)
             self._link.tell("loaded", part.rows)
             command, arguments = self._link.receive()
             if command == "close":  # rank 0 could not load

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from draws import DRAWS, assert_counts_follow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Oracle
@@ -21,6 +21,7 @@ from handler.continuation import Continuation
 from handler.engines import Model, init_inference
 from handler.generation import GenerationRequest, GenerationResult
 from handler.parameters import GenerationParameters
+from handler.sampling import RowSampling, gumbel
 from handler.tokenizer import ByteTokenizer
 
 EOS = 1
@@ -172,15 +173,19 @@ def test_the_largest_values_in_their_order(values: list[int], count: int) -> Non
 
 
 def test_drawing_without_replacement_is_in_proportion() -> None:
-    """The first of a step's draws by Gumbel noise has the softmax's probabilities."""
-    torch.manual_seed(0)
-    probabilities = np.array([0.5, 0.3, 0.15, 0.05])
-    generator = np.random.default_rng(0)
-    drawn = np.zeros(4)
-    scores = np.full((2, 4), -np.inf, np.float32)
-    scores[0] = np.log(probabilities)
-    for _ in range(20_000):
-        noise = generator.gumbel(size=(2, 4)).astype(np.float32)
-        drawn[largest((scores + noise).ravel(), 4)[0]] += 1
-    chi_squared = ((drawn - 20_000 * probabilities) ** 2 / (20_000 * probabilities)).sum()
-    assert chi_squared < 16.27  # 99.9 % of 3 degrees of freedom
+    """Of each step's draws by noise the first has the softmax's probabilities, and the second
+    those of what the first one left."""
+    probabilities = np.array([0.5, 0.3, 0.15, 0.04, 0.0099, 0.0001])
+    log_probs = np.log(probabilities).astype(np.float32)
+    counted = np.zeros((6, 6), np.int64)
+    for seed in range(DRAWS // 1000):
+        row = RowSampling(GenerationParameters(do_sample=True, num_beams=2, seed=seed))
+        for step in range(10):
+            totals = log_probs + gumbel(row, step, (100, 6))
+            first, second = totals.argsort(-1)[:, :-3:-1].T
+            np.add.at(counted, (first, second), 1)
+    assert counted.sum() == DRAWS
+    of_pairs = np.outer(probabilities / (1 - probabilities), probabilities)
+    np.fill_diagonal(of_pairs, 0.0)
+    assert_counts_follow(counted.sum(1), probabilities)
+    assert_counts_follow(counted.ravel(), of_pairs.ravel())

@@ -135,9 +135,9 @@ def test_a_stream_never_shows_what_a_stop_of_ids_takes_away(
 def test_what_many_stop_sequences_hold_back_takes_no_time() -> None:
     stops = ["ab" * 127 + chr(97 + i // 26) + chr(97 + i % 26) for i in range(256)]
     parameters = GenerationParameters(stop_sequences=stops, max_new_tokens=600)  # type: ignore[arg-type]
-    begin = time.perf_counter()
+    begin = time.thread_time()
     _, events = run("ab" * 120 + "c" * 200, parameters)
-    assert time.perf_counter() - begin < 1.0
+    assert time.thread_time() - begin < 1.0
     assert [event.text for event in events].index("ab" * 120 + "c") == 240
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -162,6 +163,14 @@ def test_a_name_of_megabytes_is_refused_at_once() -> None:
         parse_parameters({"k" * 20_000_000: 1})
 
 
+@pytest.mark.parametrize(("alias", "name"), ALIASES.items())
+def test_an_alias_and_its_parameter_that_differ_are_refused(alias: str, name: str) -> None:
+    example = PARAMETERS[name].metadata["example"]
+    other = {bool: False, int: 7, float: 0.25, str: "b"}.get(type(example), ["b", "c"])
+    with pytest.raises(RequestError, match=f"'{name}' and '{alias}' mean the same and differ"):
+        parse_parameters({name: example, alias: other})
+
+
 # Every parameter, against what it cannot be
 
 
@@ -190,9 +199,41 @@ def test_what_is_no_number_in_range_is_refused(name: str, value: Any) -> None:
     _refused(name, value)
 
 
-@pytest.mark.parametrize("name", NUMBERS)
-def test_a_number_below_the_range_is_refused(name: str) -> None:
-    _refused(name, -101)
+LARGEST_INTEGER = 2**31 - 1
+RANGES: dict[str, tuple[float, float]] = {
+    "max_new_tokens": (1, LARGEST_INTEGER),
+    "min_new_tokens": (0, LARGEST_INTEGER),
+    "temperature": (0.0, 1e6),
+    "top_k": (0, LARGEST_INTEGER),
+    "top_p": (0.0, 1.0),
+    "typical_p": (0.0, 1.0),
+    "num_beams": (1, LARGEST_INTEGER),
+    "length_penalty": (-10.0, 10.0),
+    "num_return_sequences": (1, LARGEST_INTEGER),
+    "seed": (0, 2**64 - 1),
+    "repetition_penalty": (1e-6, 100.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "no_repeat_ngram_size": (0, LARGEST_INTEGER),
+    "top_n_tokens": (0, 20),
+}
+
+
+def test_every_number_has_its_range_here() -> None:
+    assert list(RANGES) == NUMBERS
+
+
+@pytest.mark.parametrize(("name", "bounds"), RANGES.items())
+def test_a_number_reaches_from_bound_to_bound(name: str, bounds: tuple[float, float]) -> None:
+    check = PARAMETERS[name].metadata["check"]
+    lowest, highest = bounds
+    assert [check(lowest), check(highest)] == [lowest, highest]
+    if isinstance(lowest, int):
+        beyond = [lowest - 1, highest + 1]
+    else:
+        beyond = [math.nextafter(lowest, -math.inf), math.nextafter(highest, math.inf)]
+    for value in beyond:
+        _refused(name, value)
 
 
 @pytest.mark.parametrize("value", [0, 1, "true", "", "x", 1.0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from draws import FILTERS, assert_draws_follow
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers_scores import EOS, rounding_decides, transformers_scores
@@ -181,40 +183,18 @@ def test_beams_keep_two_tokens_at_least_as_in_transformers(
 # Probabilities
 
 
-def chi_squared_limit(freedom: int) -> float:
-    """Exceeded once in ten thousand (Wilson and Hilferty's approximation)."""
-    spread = 2 / (9 * freedom)
-    return float(freedom * (1 - spread + 3.719 * math.sqrt(spread)) ** 3)
-
-
-def chi_squared(counted: npt.NDArray[np.int64], expected: npt.NDArray[np.float64]) -> float:
-    return float(((counted - expected) ** 2 / expected).sum())
-
-
-FILTERS = [
-    {"temperature": 1.6},
-    {"top_k": 6},
-    {"top_p": 0.8},
-    {"typical_p": 0.7},
-    {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "typical_p": 0.8},
-    {"temperature": 0.8, "top_p": 0.9, "typical_p": 0.8},
-]
+def on_host(logits: Logits, rows: Sequence[RowSampling], steps: Sequence[int]) -> list[int]:
+    return choose_tokens(logits, rows, steps, EOS)[0]
 
 
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 def test_draws_follow_the_probabilities(filters: dict[str, Any]) -> None:
-    """100 000 draws: a thousand seeds, a hundred steps of each."""
-    seeds, steps = 1000, 100
-    logits = random_logits(30, spread=1.5, seed=4)
-    expected = transformers_scores(logits, sampled(**filters)).double().softmax(-1).numpy()
-    p = sampled(**filters)
-    rows = [RowSampling(replace(p, seed=seed)) for seed in range(seeds)]
-    counted = np.zeros(len(logits), np.int64)
-    for step in range(steps):
-        tokens, _ = choose_tokens(np.tile(logits, (seeds, 1)), rows, [step] * seeds, EOS)
-        counted += np.bincount(tokens, minlength=len(logits))
-    possible = expected > 0
-    assert counted[~possible].sum() == 0
-    assert counted.sum() == seeds * steps
-    statistic = chi_squared(counted[possible], expected[possible] * seeds * steps)
-    assert statistic < chi_squared_limit(possible.sum() - 1)
+    assert_draws_follow(on_host, random_logits(30, spread=1.5, seed=4), filters)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("spread", [0.3, 3.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize("filters", [{"top_p": 0.9}, {"typical_p": 0.8}, {"top_k": 40}], ids=str)
+def test_draws_from_many_tokens_do_too(filters: dict[str, Any], spread: float) -> None:
+    """Where few of them hold top_p's share the others are not looked at; of flat ones all are."""
+    assert_draws_follow(on_host, random_logits(1100, spread, seed=4), filters)

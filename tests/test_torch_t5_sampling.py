@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from draws import FILTERS, assert_draws_follow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_checkpoints import write_checkpoint
@@ -111,23 +113,14 @@ def test_none_left_is_told(samples: bool) -> None:
     assert log_probs == [-np.inf]
 
 
-def test_drawn_frequencies_are_the_probabilities() -> None:
-    """Chi-squared over a hundred thousand draws with temperature, top_k and top_p."""
-    logits = random_logits(60, 2.0)
-    p = GenerationParameters(do_sample=True, temperature=1.3, top_k=20, top_p=0.9)
-    weights = np.exp(np.sort(logits / 1.3)[::-1][:20].astype(np.float64))
-    before = np.concatenate([[0.0], weights.cumsum()[:-1]])
-    weights *= before < 0.9 * weights.sum()
-    order = np.argsort(-logits)[: len(weights)]
-    rows = [RowSampling(GenerationParameters(**{**vars(p), "seed": seed})) for seed in range(500)]
-    counted = np.zeros(60)
-    for step in range(200):
-        tokens, _ = on_device(np.tile(logits, (500, 1)), rows, [step] * 500, 60)
-        counted += np.bincount(tokens, minlength=60)
-    kept = weights > 0
-    expected = counted.sum() * weights[kept] / weights.sum()
-    assert counted[order[kept]].sum() == counted.sum()
-    assert ((counted[order[kept]] - expected) ** 2 / expected).sum() < 50
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_draws_follow_the_probabilities(filters: dict[str, Any]) -> None:
+    def choose(
+        logits: npt.NDArray[np.float32], rows: Sequence[RowSampling], steps: Sequence[int]
+    ) -> list[int]:
+        return on_device(logits, rows, steps, logits.shape[-1])[0]
+
+    assert_draws_follow(choose, random_logits(30, spread=1.5, seed=4), filters)
 
 
 def test_through_the_scheduler(tmp_path: Path, demo: Path) -> None:

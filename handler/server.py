@@ -18,6 +18,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from handler import __version__
+from handler.answering import Wanted
 from handler.metrics import Metrics
 from handler.responses import Reply, StreamReply
 from handler.sagemaker import (
@@ -29,7 +30,7 @@ from handler.sagemaker import (
 )
 from handler.schemas import COMPLETIONS, ROOT, TGI, TGI_GENERATE
 from handler.schemas.completions import openai_error
-from handler.service import Service, Wanted
+from handler.service import Service
 from handler.streaming import AsyncStream
 
 # DJLServing's max_request_size

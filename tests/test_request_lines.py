@@ -14,10 +14,11 @@ from conftest import BACKEND
 from hypothesis import given
 from hypothesis import strategies as st
 
+from handler.answering import Wanted
 from handler.config import Configuration
 from handler.request_lines import JSON_LINES_TYPES, split_lines
 from handler.responses import Reply
-from handler.service import Service, Wanted
+from handler.service import Service
 
 PROMPTS = ["Write 7 in words.", "Count from 3 to 9.", "Write 48 in words."]
 TEXTS = ["seven", "3, 4, 5, 6, 7, 8, 9", "forty eight"]

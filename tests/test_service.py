@@ -15,11 +15,12 @@ from conftest import BACKEND, lasting
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from handler.answering import Wanted
 from handler.config import Configuration
 from handler.parameters import PARAMETERS
 from handler.responses import Reply, StreamReply
 from handler.schemas.records import JSON_LINES
-from handler.service import Service, Wanted
+from handler.service import Service
 from handler.streaming import AsyncStream
 
 GOOD = json.dumps({"inputs": "Write 7 in words."}).encode()

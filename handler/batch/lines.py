@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from handler.answering import Wanted
 from handler.errors import RequestError, nearest, shown
 from handler.parameters import with_defaults
 from handler.request_lines import parse_line
 from handler.request_parsing import UnreadRequest, parse_body
 from handler.responses import Reply
 from handler.schemas.records import as_line, json_line
-from handler.service import Wanted
 
 
 @dataclass(frozen=True)

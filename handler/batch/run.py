@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from handler.answering import Submitted, tokens_done
 from handler.batch.files import Line
 from handler.batch.lines import LineForm
 from handler.batch.progress import Progress
@@ -15,7 +16,7 @@ from handler.batch.results import Results
 from handler.errors import LoadError
 from handler.generation import GenerationResult
 from handler.responses import Reply
-from handler.service import Service, Submitted, tokens_done
+from handler.service import Service
 
 # For each of the engine's rows: lines that are being answered, and lines that are, or wait for one
 # before them to be written. So a long answer holds up nothing but the writing.

@@ -53,6 +53,7 @@ class Follower:
             while (told := self._link.receive())[0] != "close":
                 commands.run(*told)
         self._link.close()
+        self.engine.close()  # NCCL waits for the CUDA graphs that hold its calls
         dist.destroy_process_group()
 
     @contextmanager

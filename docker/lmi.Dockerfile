@@ -1,4 +1,4 @@
-# The current LMI image: GPUs, through transformers.
+# The current LMI image: GPUs, our own engine in torch.
 # Build at the root of the repository: docker build -f docker/lmi.Dockerfile .
 FROM deepjavalibrary/djl-serving:0.36.0-lmi
 

@@ -1,4 +1,4 @@
-# The image with PyTorch and without an inference engine: GPUs, through transformers.
+# The image with PyTorch and without an inference engine: GPUs, our own engine in torch.
 # Build at the root of the repository: docker build -f docker/pytorch-gpu.Dockerfile .
 FROM deepjavalibrary/djl-serving:0.36.0-pytorch-gpu
 

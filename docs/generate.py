@@ -32,8 +32,8 @@ PROPERTIES_HEAD = """\
 Set for the life of the process: as `option.NAME=value` in serving.properties, as `OPTION_NAME` in
 the environment, or as `--option NAME=value` on the command line. The command line wins over
 serving.properties, and that over the environment. A value that is not allowed stops the start with
-one line that says what is. A name that resembles one of these is a warning; names that DJLServing
-owns are let through.
+one line that says what is. So does an unknown name on the command line; elsewhere one that
+resembles one of these is a warning. Names that DJLServing owns are let through.
 
 They are read from DJLServing's first (empty) call only. Headers of later calls never change them.
 
@@ -82,7 +82,7 @@ def parameters() -> str:
             backend
             for backend, supported in (
                 ("fastertransformer", OF_FASTERTRANSFORMER),
-                ("onnxruntime", OF_SCHEDULER),
+                ("onnxruntime, torch", OF_SCHEDULER),
                 ("transformers", OF_TRANSFORMERS),
             )
             if name in supported or name in OF_EVERY_BACKEND

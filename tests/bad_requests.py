@@ -75,6 +75,7 @@ WRONG_SHAPE = [
     ),
     ("a pair in wrong order", b'{"inputs": "\\udc00\\ud83d"}', "half a surrogate pair"),
     ("an unknown field", b'{"inputs": "x", "foo": 1}', "unknown field 'foo'; allowed are inputs"),
+    ("a parameter beside inputs", b'{"inputs": "x", "top_p": 1}', "'top_p'; it is a parameter"),
     ("a misspelt field", b'{"input": "x"}', "unknown field 'input'; did you mean 'inputs'?"),
     ("parameters misspelt", b'{"inputs": "x", "parameter": {}}', "did you mean 'parameters'?"),
     ("a field of an odd name", b'{"inputs": "x", "\\n\\u00e9": 1}', "unknown field '\\n\\xe9'"),

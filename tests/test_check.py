@@ -379,6 +379,8 @@ def test_a_bin_needs_torch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with_text("pytorch_model.bin", "unread")(folder)
     monkeypatch.setitem(sys.modules, "torch", None)
     assert names(found(folder)) == {"bin-without-torch"}
+    (finding,) = check(folder, find_image("djl-cpu"), None)
+    assert (finding.name, finding.severity) == ("bin-without-torch", "warning")
 
 
 # Archives

@@ -13,7 +13,10 @@ import pytest
 from conftest import ROOT
 
 from handler import __version__
+from handler.cli import command_parser
+from handler.cli.common import choose_model
 from handler.engines import Model
+from handler.errors import LoadError
 
 PROMPTS = ["Write 7 in words.", "Sort these words: warm, cat, apple"]
 WAIT = 60
@@ -57,6 +60,37 @@ def test_a_wrong_command_line_is_usage(arguments: list[str]) -> None:
     ended = run(*arguments)
     assert ended.returncode == 2
     assert ended.stderr.startswith("usage: python -m handler")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (["serve", "--prot", "8090"], "unrecognized arguments: --prot; did you mean --port?"),
+        (["serve", "m", "--dtype", "int8"], "did you mean --option dtype=VALUE?"),
+        (["check", "m", "--img=lmi"], "unrecognized arguments: --img=lmi"),
+        (["generate", "x", "--paramters", "{}"], "did you mean --parameters?"),
+        (["batch", "in", "--model", "m", "out", "--strickt"], "did you mean --strict?"),
+    ],
+    ids=str,
+)
+def test_a_misspelt_argument_is_told_with_the_commands_usage(
+    arguments: list[str], advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command_parser().parse_args(arguments)
+    told = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert told.startswith(f"usage: python -m handler {arguments[0]} ")
+    assert advice in told
+
+
+def test_a_misspelt_property_ends_the_command() -> None:
+    with pytest.raises(LoadError, match=r"--option dtyp is no property .* did you mean dtype\?"):
+        choose_model(None, ["dtyp=int8"])
+
+
+def test_a_property_may_be_written_as_in_serving_properties() -> None:
+    assert choose_model(None, ["option.dtype=int8"]).configuration.dtype == "int8"
 
 
 def test_generate_prints_a_line_for_each_prompt(model: Model) -> None:

@@ -136,6 +136,7 @@ def test_the_dry_run_of_several_types(dry: list[str], capsys: pytest.CaptureFixt
         (["--region", "eu-west-9"], "region 'eu-west-9' has no registry"),
         (["--role", "t5"], "the role must be as arn:aws:iam::123456789012:role/NAME, got 't5'"),
         (["--env", "A"], "--env must be NAME=VALUE, got 'A'"),
+        (["--env", "OPTION_DTYP=bf16"], "OPTION_DTYP is no property of this handler or of DJLS"),
         (["--env", "1A=b"], "--env must be NAME=VALUE, got '1A=b'"),
         (["--env", "A=" + "b" * 1025], "--env A must have at most 1024 characters, got 1025"),
         (

@@ -33,10 +33,16 @@ def test_links_lead_somewhere(document: Path) -> None:
             assert (document.parent / link).exists(), link
 
 
-def test_files_named_in_the_readme_are_there() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_files_named_as_proof_are_there() -> None:
+    text = (ROOT / "docs" / "proven.md").read_text(encoding="utf-8")
     for name in re.findall(r"`((?:tests|examples|docs|benchmarks|handler)/[\w./-]+)", text):
         assert (ROOT / name).exists(), name
+
+
+def test_the_readme_leads_to_every_document() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for document in (ROOT / "docs").glob("*.md"):
+        assert f"](docs/{document.name})" in text, document
 
 
 def test_the_tree_in_contributing_names_every_module() -> None:

@@ -305,5 +305,7 @@ def test_plan_fetches_config_json_alone(hub: Hub, tmp_path: Path) -> None:
     assert hub.downloaded == ["config.json"]
     failed = planned("someone/else")
     assert failed.returncode == 1
-    assert failed.stderr.startswith("error: config.json of someone/else could not be downloaded: ")
+    assert failed.stderr.startswith(
+        "error: someone/else is no folder, and config.json of it on the hub could not be down"
+    )
     assert failed.stderr.count("\n") == 1

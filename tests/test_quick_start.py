@@ -55,6 +55,7 @@ def test_the_commands_of_the_quick_start_work(
     monkeypatch.chdir(tmp_path)
     run = [c for c in QUICK_START if not NEEDS.search(c) and not c.startswith("serve")]
     assert [c.split()[0] for c in run] == [
+        "generate",
         "package",
         "check",
         "plan",

@@ -61,12 +61,18 @@ def download(
 
 def download_file(hub_id: str, name: str, *, revision: str | None, cache_dir: str | None) -> Path:
     """One file of a model on the hub. Raises LoadError."""
+    place = f"{hub_id} is no folder, and {name} of it on the hub"
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import snapshot_download  # hf_hub_download tries for 25 s offline
 
-        return Path(hf_hub_download(hub_id, name, revision=revision, cache_dir=cache_dir))
+        folder = snapshot_download(
+            hub_id, revision=revision, cache_dir=cache_dir, allow_patterns=[name]
+        )
     except Exception as error:
-        raise LoadError(f"{name} of {hub_id} could not be downloaded: {_why(error)}") from error
+        raise LoadError(f"{place} could not be downloaded: {_why(error)}") from error
+    if not (Path(folder) / name).is_file():
+        raise LoadError(f"{place} could not be downloaded: the model has no such file")
+    return Path(folder) / name
 
 
 _KNOWN_REASONS = (

@@ -12,9 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from handler.config import Configuration, read_configuration, serving_properties
-from handler.errors import LoadError, RequestError
+from handler.config import (
+    Configuration,
+    canonical_name,
+    read_configuration,
+    serving_properties,
+)
+from handler.errors import LoadError, RequestError, nearest
 from handler.log import start_log as start_log
+from handler.packaging.serving_properties import written_key
 
 # Lies in a source checkout, not in an installed package or a model tarball.
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo" / "model"
@@ -29,20 +35,39 @@ class ModelChoice:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """mixed: options may also stand between positional arguments that can be left out."""
+    """Of one command: what it does not know is an error here, with the command's own usage.
+
+    mixed: options may also stand between positional arguments that can be left out.
+    """
 
     def __init__(self, *, mixed: bool = False, **told: Any) -> None:
         super().__init__(**told)
         self._mixed = mixed
+        self._inside = False  # parsing mixed arguments calls parse_known_args again
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if not self._mixed:
-            return super().parse_known_args(args, namespace)
-        self._mixed = False  # the call below comes here again
-        try:
-            return self.parse_known_intermixed_args(args, namespace)
-        finally:
-            self._mixed = True
+        if self._inside or not self._mixed:
+            parsed, unknown = super().parse_known_args(args, namespace)
+        else:
+            self._inside = True
+            try:
+                parsed, unknown = self.parse_known_intermixed_args(args, namespace)
+            finally:
+                self._inside = False
+        if unknown and not self._inside:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._advice(unknown[0])}")
+        return parsed, unknown
+
+    def _advice(self, unknown: str) -> str:
+        flag, _, _ = unknown.partition("=")
+        known = self._option_string_actions
+        bare = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--"):
+            return ""
+        if "--option" in known and canonical_name(bare):
+            return f"; did you mean --option {bare}=VALUE?"
+        hint = nearest(flag, known)
+        return f"; did you mean {hint}?" if hint else ""
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +99,9 @@ def choose_model(model: str | None, options: Sequence[str]) -> ModelChoice:
     names. Raises LoadError.
     """
     command_line = dict(map(split_option, options))
+    for name in command_line:
+        if canonical_name(name) is None:
+            written_key(name)  # refuses what DJLServing does not know either
     properties: dict[str, str] = {}
     environment = dict(os.environ)
     if model is None and not _names_a_model(command_line):
@@ -107,7 +135,7 @@ def split_option(option: str) -> tuple[str, str]:
     name, equals, value = option.partition("=")
     if not equals or not name:
         raise LoadError(f"--option {option} must be NAME=VALUE")
-    return name, value
+    return name.removeprefix("option."), value
 
 
 def _names_a_model(command_line: dict[str, str]) -> bool:

@@ -49,7 +49,8 @@ def new_session(region: str | None) -> Any:
         import boto3
     except ImportError as error:
         raise LoadError(
-            "working with SageMaker needs the package boto3: pip install boto3"
+            "working with SageMaker needs the package boto3: pip install boto3 (in a checkout "
+            "'.[sagemaker]')"
         ) from error
     with told_as_load_errors():
         return boto3.session.Session(region_name=region)
@@ -134,7 +135,7 @@ def told_as_load_errors(what: str = "") -> Iterator[None]:
         raise LoadError(f"{prefix}{_advice(error)}") from error
     except (BotoCoreError, Boto3Error) as error:
         prefix = f"{what}: " if what else ""
-        raise LoadError(f"{prefix}{_advice_without_answer(error)}") from error
+        raise LoadError(f"{prefix}{advice_without_answer(error)}") from error
 
 
 def _advice(error: Any) -> str:
@@ -149,10 +150,11 @@ def _advice(error: Any) -> str:
     return f"{operation} ({code})"
 
 
-def _advice_without_answer(error: Exception) -> str:
+def advice_without_answer(error: Exception) -> str:
+    """What botocore says where no service answered, and what to do about it."""
     name = type(error).__name__
     if name in ("NoCredentialsError", "PartialCredentialsError"):
         return f"{error}; set AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     if name in ("EndpointConnectionError", "ConnectTimeoutError"):
-        return f"{error}; is --region right, and the network there?"
+        return f"{error}; is --region (or --endpoint-url) right, and the network there?"
     return f"{error} ({name})"

@@ -6,7 +6,13 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from handler.deployment.aws import error_code, error_message, is_missing, new_session
+from handler.deployment.aws import (
+    advice_without_answer,
+    error_code,
+    error_message,
+    is_missing,
+    new_session,
+)
 from handler.errors import LoadError, RequestError, one_line
 
 # SageMaker gives a container 60 s for an answer, and as long for each piece of a stream.
@@ -81,7 +87,7 @@ class Asker:
         if isinstance(error, ClientError):
             return LoadError(f"endpoint {self._name}: {message} ({code})")
         if isinstance(error, HTTPClientError) or type(error).__module__.startswith("botocore"):
-            return LoadError(f"endpoint {self._name}: {error}")
+            return LoadError(f"endpoint {self._name}: {advice_without_answer(error)}")
         return error
 
 

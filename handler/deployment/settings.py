@@ -8,9 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from handler.config import MAX_ROWS_ON_CPU, MAX_ROWS_ON_GPU
+from handler.config import (
+    DJL_OWNED,
+    MAX_ROWS_ON_CPU,
+    MAX_ROWS_ON_GPU,
+    PROPERTIES,
+    canonical_name,
+)
 from handler.deployment.plan import GB, LONGEST_NAME, Autoscale
-from handler.errors import LoadError, shown
+from handler.errors import LoadError, nearest, shown
 from handler.packaging.images import IMAGES, find_image
 from handler.packaging.instances import InstanceType, find_instance
 
@@ -144,8 +150,21 @@ def parsed_environment(settings: Sequence[str]) -> dict[str, str]:
             raise LoadError(
                 f"--env {name} must have at most {_LONGEST_VALUE} characters, got {len(value)}"
             )
+        _check_spelling(name)
         environment[name] = value
     return environment
+
+
+def _check_spelling(variable: str) -> None:
+    bare = variable.lower().removeprefix("option_")
+    if bare == variable.lower() or canonical_name(bare) or bare in DJL_OWNED:
+        return
+    hint = nearest(bare, PROPERTIES)
+    if hint:
+        raise LoadError(
+            f"--env {variable} is no property of this handler or of DJLServing; "
+            f"did you mean OPTION_{hint.upper()}?"
+        )
 
 
 def parsed_autoscale(text: str, target: float | None, default: float) -> Autoscale:

@@ -51,7 +51,7 @@ def entry_point(s: Subject) -> Iterator[Finding]:
             yield error(
                 "no-entry-point",
                 "there is no model.py and no option.entryPoint: DJLServing would take a handler "
-                "of its own; add the shipped model.py",
+                "of its own; package the checkpoint, or add the shipped model.py",
             )
         else:
             yield error(

@@ -8,7 +8,7 @@ from typing import Any
 
 from handler.errors import RequestError, nearest, shown
 from handler.generation import GenerationRequest, checked_text
-from handler.parameters import GenerationParameters, parse_parameters
+from handler.parameters import PARAMETERS, GenerationParameters, parse_parameters
 from handler.prompt_template import INPUT, TemplateError, filled, placeholders
 from handler.schemas.protocol import Deployment, ParsedRequest
 
@@ -41,6 +41,8 @@ def check_fields(body: Mapping[str, Any], fields: Sequence[str]) -> None:
         if name not in fields:
             hint = nearest(name, fields)
             advice = f"did you mean {hint!r}?" if hint else "allowed are " + ", ".join(fields)
+            if "parameters" in fields and name in PARAMETERS:
+                advice = "it is a parameter: put it into 'parameters'"
             raise RequestError(f"unknown field {shown(name)}; {advice}")
 
 

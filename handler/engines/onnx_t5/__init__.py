@@ -41,9 +41,7 @@ def load(folder: Path, configuration: Configuration) -> StepEngine:
         raise LoadError(
             f"option.backend=onnxruntime needs the packages onnx and onnxruntime: {error}"
         ) from error
-    logger.info(
-        "weights: encoder %s, decoder %s (most rows)", graphs.forms.encoder, graphs.forms.decoder
-    )
+    logger.info("weights: %s", graphs.forms)
     return OnnxT5StepEngine(
         graphs.folder,
         graphs.architecture,

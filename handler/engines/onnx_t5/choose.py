@@ -44,6 +44,11 @@ class Forms:
     encoder: str
     decoder: tuple[tuple[str, int], ...]
 
+    def __str__(self) -> str:
+        several = len(self.decoder) > 1
+        decoder = (form + f" to {rows} rows" * several for form, rows in self.decoder)
+        return f"encoder {self.encoder}, decoder {', '.join(decoder)}"
+
     @staticmethod
     def single(encoder: str, decoder: str, max_rows: int) -> Forms:
         return Forms(encoder, ((decoder, max_rows),))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from handler.errors import LoadError
+from handler.errors import LoadError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +24,7 @@ _BYTE_LEVEL = {
     **{chr(byte): byte for byte in _VISIBLE},
     **{chr(256 + n): byte for n, byte in enumerate(sorted({*range(256)} - {*_VISIBLE}))},
 }
+_MOST_EXTRA_IDS = 10_000
 _BYT5_SPECIAL = 3  # <pad>, </s>, <unk> come before the bytes
 
 
@@ -284,14 +285,27 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
             logger.warning("%s; spiece.model beside it is used", error)
     if (folder / "spiece.model").is_file():
         return SentencePieceTokenizer(
-            folder / "spiece.model", settings.get("extra_ids"), vocab_size
+            folder / "spiece.model", _extra_ids(settings, None, folder), vocab_size
         )
     if str(settings.get("tokenizer_class", "")).startswith("ByT5"):
-        return ByteTokenizer(settings.get("extra_ids", 125))
+        return ByteTokenizer(_extra_ids(settings, 125, folder))
     raise LoadError(
         f"{folder} has no tokenizer: expected tokenizer.json, spiece.model, or a "
         "tokenizer_config.json that names ByT5Tokenizer"
     )
+
+
+def _extra_ids(settings: dict[str, Any], default: int | None, folder: Path) -> Any:
+    """How many; ``default`` where it is not told. Raises LoadError."""
+    told = settings.get("extra_ids")
+    if told is None:
+        return default
+    if type(told) is not int or not 0 <= told <= _MOST_EXTRA_IDS:
+        raise LoadError(
+            f"{folder / 'tokenizer_config.json'}: extra_ids must be an integer from 0 to "
+            f"{_MOST_EXTRA_IDS}, got {shown(told)}"
+        )
+    return told
 
 
 def _is_whole(file: Path) -> bool:

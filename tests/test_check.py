@@ -212,6 +212,13 @@ def other_embedding(weights: dict) -> None:
     weights["shared.weight"] = weights["shared.weight"][:-1]
 
 
+def damaged_rank(folder: Path) -> None:
+    partitioned()(folder)
+    file = folder / "rank-0-of-1.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:99] + bytes([content[99] ^ 1]) + content[100:])
+
+
 FAULTS: list[tuple[str, str, Plant, dict]] = [
     # name, severity, plant, where it is to run
     ("missing-weights", "error", without("model.safetensors"), {}),
@@ -236,6 +243,7 @@ FAULTS: list[tuple[str, str, Plant, dict]] = [
     ("partition-mismatch", "error", partitioned(model_path="/home/me/model"), {}),
     ("partition-mismatch", "error", lambda f: [partitioned()(f), setting(option__dtype="int8")(f)],
      {}),
+    ("partition-mismatch", "error", damaged_rank, {}),
     ("adapter-unusable", "error", useless_adapter, {}),
     ("adapter-unusable", "error", setting(option__merge_adapter="adapter/"), {}),
     ("adapter-unusable", "error", wider_adapter, {}),
@@ -282,6 +290,7 @@ FAULTS: list[tuple[str, str, Plant, dict]] = [
     ("image-without-gpu", "warning", setting(), {**CPU, "instance": "ml.g5.xlarge"}),
     ("heads-not-divisible", "error", setting(option__tensor_parallel_degree="3",
                                              option__backend="torch"), GPU),
+    ("heads-not-divisible", "error", setting(option__tensor_parallel_degree="3"), {}),
     ("degree-exceeds-gpus", "error", setting(option__tensor_parallel_degree="8"), GPU),
     ("degree-exceeds-gpus", "warning", setting(option__tensor_parallel_degree="2"), CPU),
     ("dtype-not-supported", "error", setting(option__dtype="int4"), CPU),
@@ -310,7 +319,12 @@ REFUSED_AT_LOAD = {
     *("missing-weights", "damaged-index", "damaged-safetensors", "damaged-bin", "wrong-tensors"),
     *("not-finite", "missing-config", "damaged-config", "missing-tokenizer", "damaged-tokenizer"),
     *("partition-mismatch", "adapter-unusable", "both-s3url-and-model_id", "dtype-not-supported"),
-    *("missing-model-folder", "conflicting-properties", "unreadable-properties"),
+    *(
+        "heads-not-divisible",
+        "missing-model-folder",
+        "conflicting-properties",
+        "unreadable-properties",
+    ),
 }
 
 

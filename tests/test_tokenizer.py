@@ -154,6 +154,14 @@ def test_byt5_is_told_by_its_settings(tmp_path: Path) -> None:
     assert isinstance(load_tokenizer(tmp_path, 384), ByteTokenizer)
 
 
+@pytest.mark.parametrize("extra_ids", ["125", -1, True, 1 << 40, {}])
+def test_extra_ids_are_a_number(tmp_path: Path, extra_ids: Any) -> None:
+    told = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": extra_ids}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(told))
+    with pytest.raises(LoadError, match="extra_ids must be an integer from 0 to 10000, got "):
+        load_tokenizer(tmp_path, 384)
+
+
 def test_a_tokenizer_json_of_another_time_than_the_library(demo: Path, tmp_path: Path) -> None:
     """2023's library cannot read what today's writes: spiece.model beside it says the same."""
     file = tmp_path / "tokenizer.json"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import glob
-import hashlib
 import logging
 import os
 import shutil
@@ -18,7 +17,13 @@ from handler.checkpoints import fastertransformer_layout, native_layout
 from handler.checkpoints.architecture import T5Architecture
 from handler.checkpoints.find import find_checkpoint, model_config
 from handler.checkpoints.lora import merged
-from handler.checkpoints.partitioned import FORMATS, MANIFEST, Partition, read_partition
+from handler.checkpoints.partitioned import (
+    FORMATS,
+    MANIFEST,
+    Partition,
+    read_partition,
+    sha256_of,
+)
 from handler.checkpoints.read import CheckpointWeights, Weights
 from handler.checkpoints.splits import Tensor, check_degree, t5_tensors
 from handler.checkpoints.tensors import check_tensors
@@ -41,7 +46,6 @@ _COPIED = (
     "added_tokens.json",
 )
 _GRAPHS = ".onnx_t5"
-_BLOCK = 1 << 22
 
 
 def partition_as_told(configuration: Configuration) -> None:
@@ -89,7 +93,7 @@ def partition(
         tensor_parallel_degree=degree,
         pipeline_parallel_degree=c.pipeline_parallel_degree,
         dtype=c.dtype,
-        source=_digest([source / "config.json", *weights.paths]),
+        source=sha256_of([source / "config.json", *weights.paths]),
         files={},
         model_path=_model_path(c) if layout == "fastertransformer" else None,
     )
@@ -107,7 +111,7 @@ def _complete(folder: Path, source: Path, made: Partition) -> None:
     """Add what makes the weights a checkpoint, and partition.json."""
     files: dict[str, tuple[int, str | None] | None] = {}
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-        digest = _digest([file]) if file.suffix == ".safetensors" else None
+        digest = sha256_of([file]) if file.suffix == ".safetensors" else None
         files[str(file.relative_to(folder))] = (file.stat().st_size, digest)
     for name in _COPIED:
         if (source / name).is_file():
@@ -271,13 +275,3 @@ def _replace(output: Path, aside: Path) -> None:
         shutil.rmtree(old)
     else:
         aside.rename(output)
-
-
-def _digest(files: list[Path]) -> str:
-    """SHA-256 over the files' content, one after another."""
-    sha = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(_BLOCK):
-                sha.update(block)
-    return sha.hexdigest()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ FORMATS = ("fastertransformer", "native")
 MANIFEST = PARTITION
 # Counts up when a folder of an older version must not be read.
 _FORMAT_VERSION = 1
+_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,25 @@ def check_partition(p: Partition, folder: Path, c: Configuration) -> None:
             raise LoadError(
                 f"{folder / name} {seen}: copy the partitioned folder again, or partition again"
             )
+
+
+def check_content(p: Partition, folder: Path) -> None:
+    """Reads all of its weight files. Raises LoadError where one is not as it was written."""
+    for name, entry in p.files.items():
+        if entry and entry[1] and sha256_of([folder / name]) != entry[1]:
+            raise LoadError(
+                f"{folder / name} is damaged: copy the partitioned folder again, or partition again"
+            )
+
+
+def sha256_of(files: Iterable[Path]) -> str:
+    """Over the files' content, one after another. Raises OSError."""
+    sha = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(_BLOCK):
+                sha.update(block)
+    return sha.hexdigest()
 
 
 def as_partitioned(c: Configuration, folder: Path) -> Configuration:

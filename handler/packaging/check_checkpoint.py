@@ -8,7 +8,7 @@ from dataclasses import replace
 from handler.checkpoints.architecture import T5_FAMILY, T5Architecture
 from handler.checkpoints.find import model_config
 from handler.checkpoints.lora import MergedWeights
-from handler.checkpoints.partitioned import check_partition, read_partition
+from handler.checkpoints.partitioned import check_content, check_partition, read_partition
 from handler.checkpoints.read import MODEL_WEIGHTS, CheckpointWeights
 from handler.checkpoints.tensors import check_tensors
 from handler.errors import LoadError
@@ -143,6 +143,7 @@ def partition(s: Subject) -> Iterator[Finding]:
         if told is None:
             return
         check_partition(replace(told, model_path=None), s.checkpoint, c)
+        check_content(told, s.checkpoint)
     except LoadError as problem:
         yield error("partition-mismatch", s.relative(problem))
         return

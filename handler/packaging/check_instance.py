@@ -36,8 +36,7 @@ def degree(s: Subject) -> Iterator[Finding]:
     a = s.architecture
     if c is None or a is None or not isinstance(c.tensor_parallel_degree, int):
         return
-    shares = c.backend in ("torch", "fastertransformer") or _by_the_wheel(s)
-    if shares and c.tensor_parallel_degree > 1:
+    if c.backend != "transformers" and c.tensor_parallel_degree > 1:
         try:
             check_degree(a, c.tensor_parallel_degree, "option.tensor_parallel_degree")
         except LoadError as problem:

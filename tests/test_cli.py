@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 from handler import __version__
-from handler.cli import command_parser
+from handler.cli import command_parser, main
 from handler.cli.common import choose_model
 from handler.engines import Model
 from handler.errors import LoadError
@@ -183,3 +183,23 @@ def test_ctrl_c_ends_a_server_without_a_traceback() -> None:
     _, written = process.communicate(timeout=WAIT)
     assert process.returncode == 130
     assert "Traceback" not in written
+
+
+def test_bench_tells_percentiles_of_each_batch(
+    demo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--batch", "1", "3", "--tokens-in", "9", "--tokens-out", "4", "--runs", "3"]
+    main(["bench", str(demo), *sizes])
+    told, head, *rows = capsys.readouterr().out.splitlines()
+    assert "9 tokens in, 4 out, 3 runs" in told
+    for row, batch in zip(rows, (1, 3)):
+        cells = dict(zip(head.replace(" ms", "").split(), map(float, row.split())))
+        assert cells["batch"] == batch
+        assert 0 < cells["P50"] <= cells["P90"] <= cells["P99"]
+        assert cells["tokens/s"] == pytest.approx(batch * 4 * 1e3 / cells["P50"], rel=0.1)
+
+
+@pytest.mark.parametrize("wrong", [["--batch", "0"], ["--runs", "x"]], ids=["none", "no number"])
+def test_bench_wants_whole_numbers(wrong: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", *wrong])

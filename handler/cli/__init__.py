@@ -15,6 +15,7 @@ def command_parser() -> argparse.ArgumentParser:
     """Of all commands; what it parses has ``run``, which takes it."""
     from handler.cli import (
         batch,
+        bench,
         check,
         delete,
         deploy,
@@ -36,7 +37,7 @@ def command_parser() -> argparse.ArgumentParser:
         dest="command", required=True, metavar="COMMAND", parser_class=CommandParser
     )
     for command in (
-        *(serve, generate, batch, partition),
+        *(serve, generate, batch, bench, partition),
         *(package, check, plan),
         *(deploy, invoke, logs, delete),
     ):

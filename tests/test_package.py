@@ -363,6 +363,26 @@ def test_one_run_at_a_time_and_what_a_killed_one_left(demo: Path, tmp_path: Path
     assert [file.name for file in tmp_path.iterdir()] == ["model.tar.gz"]
 
 
+def test_a_run_that_ends_while_another_waits_for_its_lock(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, lock = tmp_path / ".model.tar.gz.work", fcntl.flock
+
+    def locked_too_late(handle: int, kind: int) -> None:
+        lock(handle, kind)
+        if os.fstat(handle).st_ino == first:
+            work.rmdir()
+            work.mkdir()  # of a third run
+
+    work.mkdir()
+    first = work.stat().st_ino
+    keep = os.open(work, os.O_RDONLY)  # so that its number is not given again
+    monkeypatch.setattr(fcntl, "flock", locked_too_late)
+    pack(tmp_path / "model.tar.gz", demo)
+    os.close(keep)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.tar.gz"]
+
+
 def test_memory_is_that_of_a_piece(demo: Path, tmp_path: Path) -> None:
     large = tmp_path / "large"
     write_checkpoint(large, "flan-t5", demo, d_ff=60_000)

@@ -76,7 +76,8 @@ class Packed:
 def package(
     order: Order, output: Path, *, force: bool = False, progress: Progress | None = None
 ) -> Packed:
-    """Write the archive; the same order makes the same bytes.
+    """Write the archive; the same order makes the same bytes, but for the graphs of a partition in
+    int8, whose form of weights is the one that was measured to be fast here.
 
     output appears when it is complete; one that is there is replaced only with ``force``. Memory:
     that of one tensor. Raises LoadError.

@@ -142,7 +142,10 @@ class JsonTokenizer(TokenizerBase):
 
         try:
             self._library = Library.from_file(str(file))
-        except Exception as error:  # the library raises bare Exceptions
+        except BaseException as error:
+            # the library raises bare Exceptions, and where its Rust panics not even these
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise LoadError(f"{file} is not a tokenizer.json: {error}") from error
         self._library.no_truncation()
         self._library.no_padding()

@@ -89,6 +89,20 @@ def test_a_file_that_shrinks_meanwhile_leaves_the_older_archive(tmp_path: Path) 
     assert list(tmp_path.iterdir()) == [output]
 
 
+def test_a_file_that_changes_meanwhile_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(b"12345")
+    member = Member.of_file("weights", file)
+    file.write_bytes(b"123456")
+    with pytest.raises(LoadError, match="weights became longer while it was read"):
+        write_archive(tmp_path / "a.tar.gz", [member])
+    file.write_bytes(b"54321")
+    os.utime(file, ns=(0, 0))
+    with pytest.raises(LoadError, match="weights has changed while it was read"):
+        write_archive(tmp_path / "a.tar.gz", [member])
+    assert list(tmp_path.iterdir()) == [file]
+
+
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match=r"cannot write .*: No such file.*choose another output"):
         write_archive(tmp_path / "none" / "a.tar.gz", members(FILES))

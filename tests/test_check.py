@@ -244,6 +244,7 @@ FAULTS: list[tuple[str, str, Plant, dict]] = [
     ("partition-mismatch", "error", lambda f: [partitioned()(f), setting(option__dtype="int8")(f)],
      {}),
     ("partition-mismatch", "error", damaged_rank, {}),
+    ("partition-mismatch", "error", partitioned(format="tensorrt"), {}),
     ("adapter-unusable", "error", useless_adapter, {}),
     ("adapter-unusable", "error", setting(option__merge_adapter="adapter/"), {}),
     ("adapter-unusable", "error", wider_adapter, {}),

@@ -148,6 +148,18 @@ def test_a_default_bucket_that_is_not_there(cloud: Aws, command: list[str]) -> N
     assert cloud.everything() == set()
 
 
+def test_a_bucket_that_was_deleted_by_hand(cloud: Aws, command: list[str]) -> None:
+    s3 = cloud.client("s3")
+    s3.create_bucket(Bucket="mine")
+    main([*command, "--bucket", "mine"])
+    for entry in s3.list_objects_v2(Bucket="mine")["Contents"]:
+        s3.delete_object(Bucket="mine", Key=entry["Key"])
+    s3.delete_bucket(Bucket="mine")
+    assert "NoSuchBucket" in error([*DELETE, "--bucket", "mine"])
+    main(DELETE)
+    assert cloud.client("sagemaker").list_endpoints()["Endpoints"] == []
+
+
 def test_what_may_not_be_deleted_is_said(cloud: Aws, command: list[str]) -> None:
     main(command)
     denied = ("AccessDeniedException", "sagemaker:DeleteModel")

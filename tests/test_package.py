@@ -23,6 +23,7 @@ from transformers import T5ForConditionalGeneration
 
 from handler.cli import main
 from handler.engines import Model, init_inference
+from handler.engines.onnx_t5 import choose
 from handler.errors import LoadError
 from handler.packaging.archive import extract, read_archive
 from handler.packaging.images import find_image
@@ -106,7 +107,11 @@ def test_the_entry_point_is_the_repositorys() -> None:
 
 
 @pytest.mark.parametrize("options", [[], [("dtype", "int8")]], ids=["fp32", "partitioned"])
-def test_the_same_bytes_twice(demo: Path, tmp_path: Path, options: list[tuple[str, str]]) -> None:
+def test_the_same_bytes_twice(
+    demo: Path, tmp_path: Path, options: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = dict.fromkeys(map(str, (*choose._DECODER_ROWS, *choose._ENCODER_TOKENS)), 1.0)
+    monkeypatch.setattr(choose, "_measure", lambda *_: rows)  # two runs may measure differently
     archives = []
     for name in ("a", "b"):
         copied = tmp_path / name / "copy"
@@ -360,6 +365,26 @@ def test_one_run_at_a_time_and_what_a_killed_one_left(demo: Path, tmp_path: Path
     assert (left / "archive").read_bytes() == b"half"
     os.close(handle)
     pack(tmp_path / "model.tar.gz", demo)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.tar.gz"]
+
+
+def test_a_run_that_ends_while_another_waits_for_its_lock(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, lock = tmp_path / ".model.tar.gz.work", fcntl.flock
+
+    def locked_too_late(handle: int, kind: int) -> None:
+        lock(handle, kind)
+        if os.fstat(handle).st_ino == first:
+            work.rmdir()
+            work.mkdir()  # of a third run
+
+    work.mkdir()
+    first = work.stat().st_ino
+    keep = os.open(work, os.O_RDONLY)  # so that its number is not given again
+    monkeypatch.setattr(fcntl, "flock", locked_too_late)
+    pack(tmp_path / "model.tar.gz", demo)
+    os.close(keep)
     assert [file.name for file in tmp_path.iterdir()] == ["model.tar.gz"]
 
 

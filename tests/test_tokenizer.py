@@ -154,6 +154,14 @@ def test_byt5_is_told_by_its_settings(tmp_path: Path) -> None:
     assert isinstance(load_tokenizer(tmp_path, 384), ByteTokenizer)
 
 
+def test_a_file_at_which_the_library_panics_is_named(demo: Path, tmp_path: Path) -> None:
+    told = json.loads((demo / "tokenizer.json").read_text())
+    told["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "["}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(told))
+    with pytest.raises(LoadError, match=r"tokenizer\.json is not a tokenizer\.json: "):
+        load_tokenizer(tmp_path, 640)
+
+
 @pytest.mark.parametrize("extra_ids", ["125", -1, True, 1 << 40, {}])
 def test_extra_ids_are_a_number(tmp_path: Path, extra_ids: Any) -> None:
     told = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": extra_ids}

@@ -145,7 +145,9 @@ def _check_model(p: Partition, folder: Path) -> None:
 
 
 def _check_types(p: Partition) -> None:
-    """Raises TypeError."""
+    """Raises TypeError, ValueError."""
+    if p.format not in FORMATS:
+        raise ValueError(f"format {shown(p.format)} is none of {', '.join(FORMATS)}")
     degrees = p.tensor_parallel_degree, p.pipeline_parallel_degree
     for values, kind in (
         ((p.format, p.dtype, p.source, p.handler_version), str),

@@ -169,11 +169,14 @@ class Remover:
                     continue
                 found.uploads.append(Upload(bucket, entry["Key"], entry["UploadId"]))
         except ClientError as error:
+            if is_missing(error) and bucket != self._bucket:
+                logger.debug("there is no bucket %s any more", bucket)
+                return
             known = bucket == self._bucket or bucket in self._record.buckets()
-            refused = is_missing(error) or error_code(error) in ("AccessDenied", "403")
+            refused = error_code(error) in ("AccessDenied", "403")
             if known or bucket != default or not refused:
                 raise
-            logger.debug("the default bucket %s is not there, or not to be read", bucket)
+            logger.debug("the default bucket %s is not to be read", bucket)
 
     def _is_ours(self, place: Object) -> bool:
         head: Any = or_none(

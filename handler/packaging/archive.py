@@ -54,7 +54,9 @@ class Member:
 
     @staticmethod
     def of_file(name: str, file: Path) -> Member:
-        return Member(name, file.stat().st_size, partial(_blocks_of, file))
+        """Its pieces raise OSError where somebody has written to the file since."""
+        status = file.stat()
+        return Member(name, status.st_size, partial(_blocks_of, file, status.st_mtime_ns))
 
 
 @dataclass(frozen=True)
@@ -157,10 +159,12 @@ def extract(
     return sizes
 
 
-def _blocks_of(file: Path) -> Iterator[bytes]:
+def _blocks_of(file: Path, changed_at: int) -> Iterator[bytes]:
     with file.open("rb") as stream:
         while block := stream.read(BLOCK):
             yield block
+        if os.fstat(stream.fileno()).st_mtime_ns != changed_at:
+            raise OSError(f"{file} has changed while it was read")
 
 
 @contextmanager
@@ -201,7 +205,9 @@ def _write_tar(
         for member in members:
             info = tarfile.TarInfo(member.name)  # mtime 0, uid and gid 0, no names of theirs
             info.size, info.mode = member.size, 0o644
-            tar.addfile(info, _Pieces(member, progress))  # type: ignore[arg-type]
+            pieces = _Pieces(member, progress)
+            tar.addfile(info, pieces)  # type: ignore[arg-type]
+            pieces.check_end()
 
 
 class _Pieces:
@@ -225,6 +231,10 @@ class _Pieces:
             missing -= len(parts[-1])
         self._progress(size)
         return b"".join(parts)
+
+    def check_end(self) -> None:
+        if self._rest or next(self._pieces, b""):
+            raise OSError(f"{self._name} became longer while it was read")
 
 
 def _files_of(archive: Path, raw: BinaryIO, limits: Limits) -> Iterator[tuple[str, int, Content]]:

@@ -76,7 +76,8 @@ class Packed:
 def package(
     order: Order, output: Path, *, force: bool = False, progress: Progress | None = None
 ) -> Packed:
-    """Write the archive; the same order makes the same bytes.
+    """Write the archive; the same order makes the same bytes, but for the graphs of a partition in
+    int8, whose form of weights is the one that was measured to be fast here.
 
     output appears when it is complete; one that is there is replaced only with ``force``. Memory:
     that of one tensor. Raises LoadError.
@@ -183,14 +184,12 @@ def _work_folder(output: Path) -> Iterator[Path]:
     """
     folder = output.absolute().with_name(f".{output.name}.work")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
+        handle = _locked(folder, output)
     except OSError as error:
         raise LoadError(
             f"cannot write beside {output}: {error.strerror}; choose another output"
         ) from error
     try:
-        _lock(handle, output)
         _clear(folder)
         try:
             yield folder
@@ -200,6 +199,21 @@ def _work_folder(output: Path) -> Iterator[Path]:
                 folder.rmdir()
     finally:
         os.close(handle)
+
+
+def _locked(folder: Path, output: Path) -> int:
+    """The folder, made if need be, as a descriptor that holds its lock."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            _lock(handle, output)
+            if folder.is_dir() and os.path.samestat(os.fstat(handle), folder.stat()):
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # removed by a run that ended before it was locked
 
 
 def _lock(handle: int, output: Path) -> None:

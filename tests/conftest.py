@@ -77,10 +77,18 @@ def oracle_of(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     return oracle
 
 
+_PAIRS = [*(("onnxruntime", v) for v in ("demo", *VARIANTS)), ("torch", "flan-t5")]
+# Those in which the family's members differ most; the others take as long again.
+_USUAL_VARIANTS = ("demo", "flan-t5", "umt5", "odd")
+
+
 @pytest.fixture(
     scope="module",
-    params=[*(("onnxruntime", v) for v in ("demo", *VARIANTS)), ("torch", "flan-t5")],
-    ids="-".join,
+    params=[
+        pytest.param(pair, marks=[] if pair[1] in _USUAL_VARIANTS else pytest.mark.long)
+        for pair in _PAIRS
+    ],
+    ids=map("-".join, _PAIRS),
 )
 def pair(
     request: pytest.FixtureRequest, oracle_of: Callable[[str], Oracle]

@@ -611,6 +611,7 @@ def _raw(server: httpx.Client, head: bytes) -> socket.socket:
     return connection
 
 
+@pytest.mark.long
 def test_an_upload_that_stands_still_is_given_up(server: httpx.Client) -> None:
     with _raw(server, b"Content-Length: 100\r\n\r\n{") as connection:
         answer = b"".join(iter(lambda: connection.recv(65536), b""))

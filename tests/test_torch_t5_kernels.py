@@ -176,7 +176,7 @@ def same(got: Array, expected: Array) -> bool:
     return bool(difference < 1e-4 * np.nanmax(np.abs(expected)))
 
 
-@pytest.mark.parametrize("variant", ["t5-v1.0", "umt5"])
+@pytest.mark.parametrize("variant", [pytest.param("t5-v1.0", marks=pytest.mark.long), "umt5"])
 def test_whole_steps(tmp_path: Path, demo: Path, variant: str) -> None:
     """A decoder of kernels, and its graphs, give the logits of the plain one."""
     steps = Steps(write_checkpoint(tmp_path, variant, demo))

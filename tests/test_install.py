@@ -35,14 +35,21 @@ def test_has_no_torch_and_serves(python: Path) -> None:
         assert len(reply.json()["outputs"]) == 1
 
 
-def test_what_needs_torch_says_so(python: Path) -> None:
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("backend=transformers", "option.backend=transformers needs the packages torch"),
+        ("tensor_parallel_degree=2", "backend torch needs the package torch"),
+    ],
+)
+def test_what_needs_torch_says_so(python: Path, option: str, told: str) -> None:
     ended = subprocess.run(
-        [python, "-m", "handler", "generate", "x", "--option", "backend=transformers"],
+        [python, "-m", "handler", "generate", "x", "--option", option],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": ""},
         capture_output=True,
         text=True,
     )
     assert ended.returncode == 1
-    assert ended.stderr.startswith("error: option.backend=transformers needs the packages torch")
+    assert ended.stderr.startswith(f"error: {told}")
     assert ended.stderr.count("\n") == 1

@@ -105,7 +105,11 @@ def choose_backend(c: Configuration, folder: Path) -> tuple[str, str]:
         from handler.engines import torch_t5
 
         against = torch_t5.against_this_torch()
-        return ("torch", wanted) if against is None else ("transformers", against)
+        if against is None or not importlib.util.find_spec(
+            "torch"
+        ):  # which transformers needs, too
+            return "torch", wanted
+        return "transformers", against
     missing = [name for name in ("onnx", "onnxruntime") if not importlib.util.find_spec(name)]
     if missing:
         return "transformers", f"the package {missing[0]} is not installed"

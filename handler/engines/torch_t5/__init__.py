@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -117,7 +118,7 @@ def against_this_torch() -> str | None:
     try:
         import torch
     except ImportError as error:
-        return f"backend torch needs the package torch: {error}"
+        return f"backend torch needs the package torch ({error})"
     if tuple(map(int, torch.__version__.split(".")[:2])) < _OLDEST_TORCH:
         oldest = ".".join(map(str, _OLDEST_TORCH))
         return f"backend torch needs torch {oldest} or newer, {torch.__version__} is installed"
@@ -128,7 +129,13 @@ def _refuse_unsupported(c: Configuration) -> None:
     """Raises LoadError."""
     against = against_this_torch()
     if against is not None:
-        raise LoadError(f"{against}; set option.backend=transformers")
+        installed = importlib.util.find_spec("torch") is not None
+        other = (
+            "set option.backend=transformers"
+            if installed
+            else ("install it, or unset option.tensor_parallel_degree and option.dtype")
+        )
+        raise LoadError(f"{against}; {other}")
     if c.dtype == "int4":
         raise LoadError(
             "option.dtype=int4 is not supported by backend torch, allowed are auto, fp32, bf16, "

@@ -262,6 +262,8 @@ FAULTS: list[tuple[str, str, Plant, dict]] = [
     ("training-files", "warning", with_text("optimizer.pt", "state"), {}),
     ("no-properties", "warning", without("serving.properties"), {}),
     ("bom-in-properties", "error", bom, {}),
+    ("utf8-in-properties", "warning",
+     with_text("serving.properties", "\noption.prompt_template=Übersetze {input}\n", True), {}),
     ("unreadable-properties", "error", with_text("serving.properties", "engine=\\u00g0\n"), {}),
     ("unknown-property", "warning", setting(option__tensor_paralel_degree="4"), {}),
     ("missing-option-prefix", "warning", setting(dtype="int8"), {}),

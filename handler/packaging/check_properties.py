@@ -58,6 +58,23 @@ def encoding(s: Subject) -> Iterator[Finding]:
             yield error("unreadable-properties", s.relative(problem))
 
 
+def utf8(s: Subject) -> Iterator[Finding]:
+    """Java reads each byte as a character; ``\\u00fc`` it reads as is meant."""
+    from javaproperties import escape
+
+    for key, value in (s.properties or {}).items():
+        try:
+            meant = value.encode("latin-1").decode("utf-8")
+        except UnicodeError:
+            continue
+        if meant != value:
+            yield warning(
+                "utf8-in-properties",
+                f"{key} is written in UTF-8, Java reads {shown(value)}; write "
+                f"{escape(meant)}, or set it by --option of package",
+            )
+
+
 def names(s: Subject) -> Iterator[Finding]:
     for key in s.properties or {}:
         bare = key.removeprefix("option.")
@@ -275,6 +292,7 @@ def _known() -> list[str]:
 
 CHECKS = (
     encoding,
+    utf8,
     names,
     values,
     djls_values,

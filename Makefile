@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Tests wait for processes more than they compute: three workers for two CPUs.
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) * 3 // 2 or 1)")
 
 .PHONY: serve test test-long lint bench help clean
 
@@ -13,7 +15,7 @@ serve: $(VENV)/serve.done  ## install, then serve the demo model on http://127.0
 	$(BIN)/python -m handler serve $(ARGS)
 
 test: $(VENV)/test.done  ## install, then run the tests (8 minutes at most on 2 cores)
-	$(BIN)/python -m pytest -m "not long" -n auto --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -m "not long" -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-long: $(VENV)/test-long.done  ## the tests that take longer
 	$(BIN)/python -m pytest -m long $(ARGS)

@@ -85,7 +85,13 @@ class Pair(NamedTuple):
     transformers: Model
 
 
-@pytest.fixture(scope="module", params=["demo", *DIFFERENT])
+@pytest.fixture(
+    scope="module",
+    params=[
+        *("demo", "umt5"),
+        *(pytest.param(v, marks=pytest.mark.long) for v in DIFFERENT if v != "umt5"),
+    ],
+)
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, demo: Path
 ) -> Iterator[Pair]:

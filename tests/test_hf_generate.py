@@ -204,7 +204,7 @@ def test_requests_of_different_parameters_in_one_call(flan: Case) -> None:
 
 
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.lists(st.text(min_size=1, max_size=60).filter(str.strip), min_size=1, max_size=6))
 def test_any_texts_beside_each_other(flan: Case, prompts: list[str]) -> None:

@@ -73,8 +73,14 @@ def test_ranks_make_the_same_calls_and_answer_the_same(tmp_path: Path, demo: Pat
             {"OPTION_TENSOR_PARALLEL_DEGREE": "3"},
             "option.pipeline_parallel_degree=1 needs 3 MPI ranks, mpirun started 2",
         ),
-        ({"OPTION_BACKEND": "onnxruntime"}, "runs in one process, mpirun started 2"),
-        ({"MASTER_PORT": ""}, "did not meet the others at MASTER_ADDR:MASTER_PORT"),
+        pytest.param(
+            *({"OPTION_BACKEND": "onnxruntime"}, "runs in one process, mpirun started 2"),
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            *({"MASTER_PORT": ""}, "did not meet the others at MASTER_ADDR:MASTER_PORT"),
+            marks=pytest.mark.long,
+        ),
         ({"MASTER_PORT": "99999999"}, "MASTER_ADDR:MASTER_PORT 127.0.0.1:99999999 (no port)"),
         ({"FT_DOUBLE_FAIL": "1:load"}, "an illegal memory access in load"),
     ],
@@ -104,7 +110,7 @@ def test_a_killed_rank_ends_the_job(tmp_path: Path, demo: Path, size: int) -> No
         assert are_gone(pids)
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_ranks_do_not_outlive_mpirun(tmp_path: Path, demo: Path, size: int) -> None:
     """DJLServing kills mpirun alone."""
     with job_of(size, tmp_path, CALLS, gated=True, OPTION_MODEL_ID=str(demo)) as job:

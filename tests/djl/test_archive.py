@@ -24,7 +24,11 @@ def archive(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.mark.parametrize("version", SYNC)
+@pytest.mark.parametrize(
+    "version",
+    [pytest.param(v, marks=[] if v == "0.34.0" else pytest.mark.long) for v in SYNC],
+    ids=SYNC,
+)
 def test_djl_unpacks_and_serves_it(archive: Path, model: Model, version: str) -> None:
     """0.34 in async mode, as serving.properties has it; older ones have none."""
     texts = [f"Write {number} in words." for number in (7, 48)]

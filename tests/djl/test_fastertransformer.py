@@ -85,7 +85,9 @@ def under_mpi(
     )
 
 
-@pytest.fixture(scope="module", params=["ranks", "alone", "triton"])
+@pytest.fixture(
+    scope="module", params=["ranks", "alone", pytest.param("triton", marks=pytest.mark.long)]
+)
 def article(request: pytest.FixtureRequest, gpus: Path, endpoint: Path) -> Iterator[DjlClient]:
     """engine=FasterTransformer with four ranks, and engine=Python on both forms of the wheel."""
     if request.param == "ranks":

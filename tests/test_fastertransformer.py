@@ -554,7 +554,9 @@ def test_auto_takes_it_where_it_answers_right(
     assert engines.choose_backend(configuration, wide)[0] == expected
 
 
-def test_auto_takes_it_under_mpi(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_it_under_mpi(
+    wheel: object, wide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also as the one rank of a job, and whatever else would be taken without a GPU."""
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")

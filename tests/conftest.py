@@ -79,7 +79,7 @@ def oracle_of(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 _PAIRS = [*(("onnxruntime", v) for v in ("demo", *VARIANTS)), ("torch", "flan-t5")]
 # Those in which the family's members differ most; the others take as long again.
-_USUAL_VARIANTS = ("demo", "flan-t5", "umt5", "odd")
+_USUAL_VARIANTS = ("demo", "flan-t5", "odd")
 
 
 @pytest.fixture(

@@ -48,7 +48,7 @@ def on_device(
     return DeviceSampler().choose_tokens(given_logits, rows, steps, EOS, in_use)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=120)
 @given(
     cases=st.lists(
         st.tuples(parameters, st.lists(st.integers(0, 99), max_size=9)), min_size=1, max_size=6

@@ -133,6 +133,7 @@ def test_it_goes_on_after_a_bad_request(article: DjlClient, model: Model) -> Non
     assert article.predict(post(PAYLOADS["plain"])).json() == expected(model, TITLE)
 
 
+@pytest.mark.long
 def test_a_rank_killed_in_a_request_fails_it_and_leaves_no_process(
     gpus: Path, endpoint: Path, tmp_path: Path
 ) -> None:
@@ -163,7 +164,10 @@ def held_rank(gate: Path, rank: int, client: DjlClient) -> int:
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        ({"FT_DOUBLE_FAIL": "1:load"}, "rank 1 of 2 failed and ends the job"),
+        pytest.param(
+            *({"FT_DOUBLE_FAIL": "1:load"}, "rank 1 of 2 failed and ends the job"),
+            marks=pytest.mark.long,
+        ),
         (
             {"OPTION_DTYPE": "int8", "dtype": "int8"},
             "option.dtype=int8 is not supported by backend",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from random_model import FIRST_WORD, VOCABULARY
+from peers import ctranslate2_spec
 
 _EOS = 1
 MakePeer = Callable[[Mapping[str, Any], torch.dtype, torch.device], "Peer"]
@@ -90,17 +90,8 @@ def random_transformers(config: Mapping[str, Any], dtype: torch.dtype, device: t
 
 
 def _convert(config: Mapping[str, Any], dtype: torch.dtype, target: Path) -> None:
-    from ctranslate2.converters.transformers import T5Loader
-
     model = random_transformers(config, dtype, torch.device("cpu")).float()
-    with torch.no_grad():
-        spec = T5Loader.get_model_spec(T5Loader.__new__(T5Loader), model)
-    words = ["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(FIRST_WORD, VOCABULARY))]
-    spec.register_source_vocabulary(words)
-    spec.register_target_vocabulary(words)
-    spec.config.bos_token = spec.config.decoder_start_token = "<pad>"
-    spec.config.eos_token, spec.config.unk_token = "</s>", "<unk>"
-    spec.validate()
+    spec = ctranslate2_spec(model)
     spec.optimize(quantization="float16" if dtype == torch.float16 else None)
     spec.save(str(target))
 

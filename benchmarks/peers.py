@@ -139,16 +139,24 @@ def _ctranslate2(model: Path, threads: int, max_rows: int, *, form: str) -> Run:
 
 
 def _convert(model: Path, target: Path, form: str) -> None:
-    """CTranslate2's own description of a T5, with the tokens' names for a vocabulary.
+    from transformers import T5ForConditionalGeneration
+
+    spec = ctranslate2_spec(T5ForConditionalGeneration.from_pretrained(model))
+    spec.optimize(quantization=None if form == "float32" else form)
+    aside = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+    spec.save(str(aside))
+    aside.rename(target)
+
+
+def ctranslate2_spec(loaded: Any) -> Any:
+    """CTranslate2's own description of transformers' T5, with the tokens' names for a vocabulary.
 
     Read with transformers 5, it scales FLAN-T5's logits; the best token stays the best.
     """
     import torch
     from ctranslate2.converters.transformers import T5Loader
     from random_model import VOCABULARY
-    from transformers import T5ForConditionalGeneration
 
-    loaded = T5ForConditionalGeneration.from_pretrained(model)
     with torch.no_grad():
         spec = T5Loader.get_model_spec(T5Loader.__new__(T5Loader), loaded)
     words = ["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(FIRST_WORD, VOCABULARY))]
@@ -157,10 +165,7 @@ def _convert(model: Path, target: Path, form: str) -> None:
     spec.config.bos_token = spec.config.decoder_start_token = "<pad>"
     spec.config.eos_token, spec.config.unk_token = "</s>", "<unk>"
     spec.validate()
-    spec.optimize(quantization=None if form == "float32" else form)
-    aside = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
-    spec.save(str(aside))
-    aside.rename(target)
+    return spec
 
 
 ENGINES: dict[str, Callable[[Path, int, int], Run]] = {

@@ -11,6 +11,7 @@ from handler.beams import BeamSearch, largest
 from handler.continuation import TopToken
 from handler.generation import Generation, not_a_number, nothing_left, too_few_texts
 from handler.sampling import (
+    Chosen,
     Floats,
     RowSampling,
     gumbel,
@@ -48,6 +49,11 @@ class Row:
     def position(self) -> int:
         return len(self.generation.token_ids) if self.search is None else self.search.length
 
+    @property
+    def last_position(self) -> int:
+        """Where the longest text that it may become reads its last token."""
+        return self.generation.parameters.max_new_tokens - 1
+
 
 def rows_for(generation: Generation, start_token: int) -> list[Row]:
     """The rows of a generation that begins: one, or one a beam."""
@@ -57,9 +63,11 @@ def rows_for(generation: Generation, start_token: int) -> list[Row]:
     return [Row(generation, start_token, search, beam) for beam in range(generation.rows)]
 
 
-def take_tokens(rows: Sequence[Row], logits: Any, engine: StepEngine, fail: Fail) -> None:
-    """Give every row its next token, from logits [rows, vocabulary] of the engine's sampler, which
-    may be overwritten.
+def choose_next(
+    rows: Sequence[Row], logits: Any, engine: StepEngine, fail: Fail
+) -> Callable[[], None]:
+    """Begin to choose every row's next token, from logits [rows, vocabulary] of the engine's
+    sampler, which may be overwritten. What this returns waits for them and gives them to the rows.
 
     An error fails the generations that it hits.
     """
@@ -82,26 +90,41 @@ def take_tokens(rows: Sequence[Row], logits: Any, engine: StepEngine, fail: Fail
                 _advance(affected, places, engine.sampler.on_host(logits[places]), engine)
         except BaseException as error:
             fail([affected[0].generation], error)
-    if free:
-        whole = len(free) == len(rows)
-        chosen = [rows[place] for place in free]
-        _choose(chosen, logits if whole else logits[free], engine, fail)
+    if not free:
+        return lambda: None
+    whole = len(free) == len(rows)
+    return _choose([rows[place] for place in free], logits if whole else logits[free], engine, fail)
 
 
-def _choose(rows: Sequence[Row], logits: Any, engine: StepEngine, fail: Fail) -> None:
+def _choose(rows: Sequence[Row], logits: Any, engine: StepEngine, fail: Fail) -> Callable[[], None]:
+    """See choose_next."""
     sampler, tokenizer = engine.sampler, engine.tokenizer
+    top: list[tuple[TopToken, ...]] = [()] * len(rows)
     try:
-        top: list[tuple[TopToken, ...]] = [()] * len(rows)
         for i, row in enumerate(rows):
             if row.generation.parameters.top_n_tokens:
                 top[i] = _top_tokens(row, sampler.on_host(logits[i : i + 1]))
-        tokens, log_probs = sampler.choose_tokens(
+        chosen = sampler.choose(
             logits,
             [row.sampling for row in rows],
             [row.position for row in rows],
             tokenizer.eos_token_id,
             tokenizer.size,
         )
+    except BaseException as error:
+        fail([row.generation for row in rows], error)
+        return lambda: None
+    return lambda: _take(rows, chosen, top, fail)
+
+
+def _take(
+    rows: Sequence[Row],
+    chosen: Callable[[], Chosen],
+    top: Sequence[tuple[TopToken, ...]],
+    fail: Fail,
+) -> None:
+    try:
+        tokens, log_probs = chosen()
     except BaseException as error:
         fail([row.generation for row in rows], error)
         return

@@ -10,7 +10,7 @@ contiguous rows of one fixed length, or one element after the other where rows a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import NamedTuple
 
@@ -88,13 +88,20 @@ class RowSampling:
         return self._numbers[1][place]
 
 
+class Chosen(NamedTuple):
+    """The next token of each row, and its log-probability where the row wants it."""
+
+    tokens: list[int]
+    log_probs: list[float | None]
+
+
 def choose_tokens(
     logits: Floats,
     rows: Sequence[RowSampling],
     steps: Sequence[int],
     eos_token_id: int,
     tokens_in_use: int | None = None,
-) -> tuple[list[int], list[float | None]]:
+) -> Chosen:
     """The next token of each row and its log-probability before any penalty or filter.
 
     logits: [rows, vocabulary], overwritten; steps: how many tokens each row has generated;
@@ -135,15 +142,24 @@ def choose_tokens(
     for sampling, token in zip(rows, picked):
         sampling.append(token)
     told = zip(rows, log_probs.tolist())
-    return picked, [
-        p if sampling.log_probs or not math.isfinite(p) else None for sampling, p in told
-    ]
+    return Chosen(
+        picked, [p if sampling.log_probs or not math.isfinite(p) else None for sampling, p in told]
+    )
 
 
 class HostSampler:
     """See Sampler: for logits that are numpy's."""
 
-    choose_tokens = staticmethod(choose_tokens)
+    def choose(
+        self,
+        logits: Floats,
+        rows: Sequence[RowSampling],
+        steps: Sequence[int],
+        eos_token_id: int,
+        tokens_in_use: int | None = None,
+    ) -> Callable[[], Chosen]:
+        chosen = choose_tokens(logits, rows, steps, eos_token_id, tokens_in_use)
+        return lambda: chosen
 
     def on_host(self, logits: Floats) -> Floats:
         return logits

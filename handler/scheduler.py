@@ -4,6 +4,10 @@ The running rows are always the engine's leading ones. Between two decoding step
 the next prompts, in parts, for about as long as a step takes: rows that run wait for no more than
 that and one part, and new ones soon run beside them. Where nothing ran, prompts that came together
 begin together: a step of many rows takes little longer than one of a single row.
+
+Where the engine is a device that works by itself, a step begins as soon as the last one's tokens
+are chosen there: it runs while they come back, are made text of and are told. A row that they end
+has then run once more, for nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -19,7 +23,7 @@ from handler.encoder_cache import EncoderCache
 from handler.encoding import PromptEncoder, Ready
 from handler.errors import RequestError, as_request_error
 from handler.generation import Generation
-from handler.rows import Row, rows_for, take_tokens
+from handler.rows import Row, choose_next, rows_for
 from handler.runner import Runner
 
 if TYPE_CHECKING:
@@ -40,6 +44,13 @@ SUPPORTED_PARAMETERS = frozenset(
 )
 
 
+class _Step(NamedTuple):
+    """A decoding step of these rows, and the logits [rows, vocabulary] that come of it."""
+
+    rows: Sequence[Row]
+    logits: Any
+
+
 class Scheduler(Runner):
     """Owns a step engine, which only its thread calls.
 
@@ -55,7 +66,9 @@ class Scheduler(Runner):
         self._cache = EncoderCache(encoder_cache)
         self._encoder = PromptEncoder(engine, self._cache)
         self._rows: list[Row] = []
+        self._begun: _Step | None = None  # ahead of its rows' tokens
         self._step_seconds = 0.0  # what the last decoding step took
+        self._waited = 0.0  # of them, before prompts were encoded
         self._thread.start()
 
     @property
@@ -77,7 +90,7 @@ class Scheduler(Runner):
         return [*generations, *self._encoder.generations]
 
     def _forget(self) -> None:
-        self._rows = []
+        self._rows, self._begun = [], None
         self._encoder.stop()
 
     def _free(self) -> None:
@@ -89,8 +102,10 @@ class Scheduler(Runner):
         While no row has a token yet there is no stream to hold up: then until every prompt that
         there is room for has its row, or for _GATHER_SECONDS.
         """
-        start = perf_counter()
+        start = None
         while self._admit():
+            if start is None:
+                start = self._when_step_is_done()
             try:
                 self._start(self._encoder.work())
             except BaseException as error:  # whatever it was, nobody may be left waiting
@@ -146,23 +161,64 @@ class Scheduler(Runner):
             generation.started(cached=cached)
             self._rows += rows
 
+    def _when_step_is_done(self) -> float:
+        """The time at which it is: encoding is measured from then on."""
+        start = perf_counter()
+        self._engine.wait()
+        done = perf_counter()
+        self._waited = done - start
+        return done
+
     def _decode(self) -> None:
-        """One step of all running rows."""
-        rows = self._rows
-        if not rows:
-            return
+        """One step of all running rows; those that came while it ran have theirs next."""
         start = perf_counter()
         try:
-            tokens = np.array([[row.token] for row in rows])
-            positions = np.array([row.position for row in rows])
-            logits = self._engine.decode(len(rows), tokens, positions)[:, 0]
+            step = self._next_step()
+            if step is None:
+                return
+            tell = choose_next(step.rows, step.logits, self._engine, self._fail)
+            self._begun = self._begin(step.rows) if self._goes_ahead() else None
         except BaseException as error:
-            self._fail([row.generation for row in rows], error)
-            self._rows = []
+            self._fail([row.generation for row in self._rows], error)
+            self._rows, self._begun = [], None
             return
-        take_tokens(rows, logits, self._engine, self._fail)
-        self._step_seconds = perf_counter() - start
+        tell()
+        self._step_seconds = perf_counter() - start + self._waited
+        self._waited = 0.0
         self._free_rows()
+
+    def _next_step(self) -> _Step | None:
+        """The one that has begun, of its rows that still run, or a new one; None without rows."""
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            running = [i for i, row in enumerate(begun.rows) if not row.generation.done]
+            if len(running) == len(begun.rows):
+                return begun
+            if running:
+                return _Step([begun.rows[i] for i in running], begun.logits[running])
+        return self._begin() if self._rows else None
+
+    def _goes_ahead(self) -> bool:
+        """Whether the next step can begin before the last one's tokens are known.
+
+        Those of beams and of scores come from the host; of rows that all end now none is needed.
+        """
+        rows = self._rows
+        return (
+            self._engine.runs_ahead
+            and not any(row.search is not None or row.generation.forced for row in rows)
+            and any(row.position < row.last_position for row in rows)
+        )
+
+    def _begin(self, chosen: Sequence[Row] = ()) -> _Step:
+        """A step of all running rows. chosen: those whose tokens only the sampler knows yet."""
+        rows = list(self._rows)
+        of_sampler = {row: -1 - i for i, row in enumerate(chosen)}
+        tokens = np.array([[of_sampler.get(row, row.token)] for row in rows])
+        positions = np.array(
+            [min(row.position + (row in of_sampler), row.last_position) for row in rows]
+        )
+        return _Step(rows, self._engine.decode(len(rows), tokens, positions)[:, 0])
 
     def _free_rows(self) -> None:
         """The last running row takes the place of one that is done (or that nobody wants)."""

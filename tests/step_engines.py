@@ -34,6 +34,13 @@ def open_engine(backend: str, checkpoint: Path, **options: Any) -> StepEngine:
     return engine
 
 
+def run_ahead(engine: Any) -> None:
+    """As on a GPU: torch's engine, or the one of its ranks, chooses tokens where the logits are."""
+    own = getattr(engine, "_engine", engine)
+    own.run_ahead()
+    engine.sampler, engine.runs_ahead = own.sampler, own.runs_ahead
+
+
 def assert_equal(backend: str, found: Array, expected: Array) -> None:
     """Bit for bit, or within 1e-4 of the largest."""
     if SAME_BITS[backend]:

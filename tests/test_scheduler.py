@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from oracle import Oracle
-from step_engines import MODULES, assert_same, open_engine
+from step_engines import MODULES, assert_same, open_engine, run_ahead
 
 from handler.engines.onnx_t5.sessions import open_session, use_threads
 from handler.engines.protocol import Sampler, StepEngine
@@ -52,6 +52,7 @@ class EchoEngine:
 
     tokenizer: Tokenizer = ByteTokenizer()
     sampler: Sampler = HostSampler()
+    runs_ahead = False
     decoder_start_token_id = 0
     max_input_tokens = max_output_tokens = 300
     seconds_of_a_step = seconds_of_a_part = 0.0
@@ -106,6 +107,9 @@ class EchoEngine:
 
     def reorder(self, rows: Sequence[int], parents: Sequence[int]) -> None:
         raise NotImplementedError
+
+    def wait(self) -> None:
+        pass
 
     def close(self) -> None:
         self.closed = True
@@ -560,19 +564,19 @@ class Scripted:
     max_rows: int
 
     def __init__(self, engine: StepEngine) -> None:
-        self._engine = engine
+        self.inner: Any = engine
         self._script: deque[Callable[[], object] | int] = deque()
         self._lock = threading.RLock()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
+        return getattr(self.inner, name)
 
     def decode(self, *arguments: Any) -> Any:
         with self._lock:
             if self._script and isinstance(self._script[0], int):
                 self._script[0] -= 1
             self.go_on()
-        return self._engine.decode(*arguments)
+        return self.inner.decode(*arguments)
 
     def close(self) -> None:
         """The next test needs it."""
@@ -618,11 +622,14 @@ class Bench:
         return self._alone[request]
 
 
-@pytest.fixture(scope="module", params=MODULES)
+@pytest.fixture(scope="module", params=[*MODULES, "torch, ahead"])
 def bench(request: pytest.FixtureRequest, oracle_of: Callable[[str], Oracle]) -> Iterator[Bench]:
     limits = {"max_rows": 4, "max_input_tokens": 200, "max_output_tokens": 200}
-    engine = open_engine(request.param, oracle_of("flan-t5").folder, **limits)
-    yield Bench(request.param, engine)
+    backend, *ahead = request.param.split(", ")
+    engine = open_engine(backend, oracle_of("flan-t5").folder, **limits)
+    if ahead:
+        run_ahead(engine)
+    yield Bench(backend, engine)
     engine.close()
 
 

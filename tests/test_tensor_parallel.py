@@ -22,7 +22,7 @@ from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from oracle import Oracle
 from random_checkpoints import VARIANTS
-from step_engines import encoded, open_engine
+from step_engines import encoded, open_engine, run_ahead
 from test_scheduler import Bench, play, scripts
 
 from handler.checkpoints.partition import partition
@@ -215,6 +215,20 @@ def bench(engine: TensorParallelEngine) -> Bench:
 @given(scripts)
 def test_no_schedule_changes_an_answer(bench: Bench, script: list[tuple[str, Any]]) -> None:
     play(bench, script)
+
+
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(scripts)
+def test_nor_does_one_that_runs_ahead(bench: Bench, script: list[tuple[str, Any]]) -> None:
+    """Tokens then come to the other ranks by their process group alone."""
+    engine = bench.engine.inner
+    on_host = engine.sampler
+    run_ahead(engine)
+    try:
+        play(bench, script)
+    finally:
+        engine.sampler = engine._engine.sampler = on_host
+        engine.runs_ahead = False
 
 
 def test_every_rank_forgets_what_nobody_holds(engine: TensorParallelEngine) -> None:

@@ -160,13 +160,20 @@ class Steps:
         self._handles = handles
         self._ids = np.random.default_rng(0).integers(3, 300, (3, 4))
 
-    def logits(self) -> Array:
-        """[steps, rows, vocabulary], of fewer and fewer rows where the last are NaN"""
+    def logits(self, *, ahead: bool = False) -> Array:
+        """[steps, rows, vocabulary], of fewer and fewer rows where the last are NaN.
+
+        ahead: all tokens but the second row's come from where a sampler leaves them.
+        """
         for row, handle in enumerate(self._handles):
             self.engine.attach(handle, row)
         made = []
         for k, rows in enumerate([3, 3, 2, 1]):
-            got = self.engine.decode(rows, self._ids[:rows, [k]], np.full(rows, k))[:, 0]
+            tokens = self._ids[:rows, [k]].copy()
+            if ahead:
+                self.engine.chosen[:3] = torch.from_numpy(self._ids[[2, 1, 0], k])
+                tokens[::2, 0] = [-3, -1][: len(tokens[::2])]
+            got = self.engine.decode(rows, tokens, np.full(rows, k))[:, 0]
             made.append(np.pad(got, ((0, 3 - rows), (0, 0)), constant_values=np.nan))
         return np.stack(made)
 
@@ -181,10 +188,13 @@ def test_whole_steps(tmp_path: Path, demo: Path, variant: str) -> None:
     """A decoder of kernels, and its graphs, give the logits of the plain one."""
     steps = Steps(write_checkpoint(tmp_path, variant, demo))
     plain = steps.logits()
+    assert same(steps.logits(ahead=True), plain)
     steps.engine.use_kernels()
     assert same(steps.logits(), plain)
+    assert same(steps.logits(ahead=True), plain)
     steps.engine.use_graphs(capture=rerun)
     assert same(steps.logits(), plain)
+    assert same(steps.logits(ahead=True), plain)
 
 
 def test_kernels_that_fail_are_not_used(

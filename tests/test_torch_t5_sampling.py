@@ -22,14 +22,13 @@ from handler.engines.torch_t5.sampling import DeviceSampler
 from handler.generation import GenerationRequest
 from handler.inference import Model
 from handler.parameters import GenerationParameters, parse_parameters
-from handler.sampling import HostSampler, RowSampling
+from handler.sampling import Chosen, HostSampler, RowSampling, choose_tokens
 from handler.scheduler import Scheduler
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EOS = 1
 # Sums of thousands of weights differ in their last bits, and so does where a row's number falls.
 NEAR = 2e-5
-Chosen = tuple[list[int], list[float | None]]
 
 
 class Nudged(RowSampling):
@@ -45,7 +44,10 @@ def on_device(
     logits: npt.NDArray[np.float32], rows: Sequence[RowSampling], steps: Sequence[int], in_use: int
 ) -> Chosen:
     given_logits = torch.from_numpy(logits).to(DEVICE)
-    return DeviceSampler().choose_tokens(given_logits, rows, steps, EOS, in_use)
+    chosen = torch.full((len(rows) + 1,), -1, device=DEVICE)
+    told = DeviceSampler(chosen).choose(given_logits, rows, steps, EOS, in_use)()
+    assert chosen.tolist() == [*told[0], -1]
+    return told
 
 
 @settings(deadline=None, max_examples=120)
@@ -79,7 +81,7 @@ def test_the_device_chooses_what_the_host_does(
     in_use = size - 3
     tokens, log_probs = on_device(logits, rows(), steps, in_use)
     near = [
-        HostSampler.choose_tokens(logits.copy(), rows(nudge), steps, EOS, in_use)
+        choose_tokens(logits.copy(), rows(nudge), steps, EOS, in_use)
         for nudge in (0.0, NEAR, -NEAR)
     ]
     for row, token in enumerate(tokens):
@@ -138,10 +140,13 @@ def test_through_the_scheduler(tmp_path: Path, demo: Path) -> None:
         for values in settings_of
     ]
     answers = []
-    for sampler in (HostSampler(), DeviceSampler()):
+    for on_device in (False, True):
         part = load_part(folder, configuration_of(str(folder), max_rows=4))
         engine = part.engine(4)
-        engine.sampler = sampler
+        if on_device:
+            engine.run_ahead()
+        else:
+            engine.sampler, engine.runs_ahead = HostSampler(), False
         model = Model(
             Scheduler(engine, 100), backend="torch", max_input_tokens=99, max_output_tokens=99
         )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from handler.generation import Generation
-from handler.sampling import RowSampling
+from handler.sampling import Chosen, RowSampling
 from handler.tokenizer import Tokenizer
 
 
@@ -56,15 +56,19 @@ class BatchEngine(Engine, Protocol):
 class Sampler(Protocol):
     """Chooses tokens where an engine's logits are, in the host's memory or on a device."""
 
-    def choose_tokens(
+    def choose(
         self,
         logits: Any,
         rows: Sequence[RowSampling],
         steps: Sequence[int],
         eos_token_id: int,
         tokens_in_use: int | None = None,
-    ) -> tuple[list[int], list[float | None]]:
-        """See handler/sampling.py, which says what is chosen."""
+    ) -> Callable[[], Chosen]:
+        """Begin to choose what handler/sampling.py's ``choose_tokens`` says.
+
+        What this returns waits for it and tells it, to the rows, too. It is called before the next
+        ``choose``.
+        """
         ...
 
     def on_host(self, logits: Any) -> npt.NDArray[np.float32]:
@@ -77,7 +81,8 @@ class StepEngine(Engine, Protocol):
 
     The rows that run are always 0..n-1. Limits are fixed at load and caches allocated once.
     encode_tokens: prompts are given to ``encode`` together up to this many tokens; a longer prompt
-    comes alone. sampler: for the logits of ``decode``.
+    comes alone. sampler: for the logits of ``decode``. runs_ahead: whether ``decode`` may return
+    before its logits are there, so that a step can begin while the host is busy with the last one.
     """
 
     decoder_start_token_id: int
@@ -85,6 +90,7 @@ class StepEngine(Engine, Protocol):
     max_output_tokens: int
     encode_tokens: int
     sampler: Sampler
+    runs_ahead: bool
 
     def encode(self, prompts: Sequence[Sequence[int]]) -> Iterator[Sequence[Any] | None]:
         """Run the encoder and make the cross-attention keys and values of each prompt.
@@ -104,7 +110,8 @@ class StepEngine(Engine, Protocol):
     ) -> Any:
         """Tokens [n, q] of rows 0..n-1, the first at positions [n] -> logits [n, q, vocabulary].
 
-        q is 1 for a decoding step; more tokens score a given continuation. The vocabulary is the
+        q is 1 for a decoding step; more tokens score a given continuation. Then, in an engine that
+        runs ahead, a token of -1 - i is the i-th that ``sampler`` chose last. The vocabulary is the
         model's: ids from the tokenizer's size on are padding, of which none may be chosen. The
         caller may overwrite the result, which is good until the next call.
         """
@@ -116,4 +123,8 @@ class StepEngine(Engine, Protocol):
 
     def reorder(self, rows: Sequence[int], parents: Sequence[int]) -> None:
         """Each row goes on from the tokens of its parent, a row with the same handle."""
+        ...
+
+    def wait(self) -> None:
+        """Until all that was asked for is computed."""
         ...

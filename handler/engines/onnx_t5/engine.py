@@ -48,6 +48,7 @@ class OnnxT5StepEngine:
     # Prompts are encoded one by one: no padding, and the same bits whatever else waits.
     encode_tokens = 1
     sampler: Sampler = HostSampler()
+    runs_ahead = False
 
     def __init__(
         self,
@@ -136,6 +137,9 @@ class OnnxT5StepEngine:
     def reorder(self, rows: Sequence[int], parents: Sequence[int]) -> None:
         """Each of ``rows`` goes on from the tokens of its parent, a row on the same prompt."""
         self._rows.reorder(rows, parents)
+
+    def wait(self) -> None:
+        """Every call waits for its result by itself."""
 
     def close(self) -> None:
         self._bindings.clear()

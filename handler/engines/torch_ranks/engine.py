@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from handler.engines.torch_ranks.ranks import RankLost, Ranks, leave_group
+from handler.engines.torch_ranks.ranks import RankLost, Ranks, decode_on_all, leave_group
 from handler.engines.torch_t5.engine import TorchT5StepEngine
 from handler.engines.torch_t5.kv_cache import EncodedPrompt
 
@@ -41,6 +41,7 @@ class TensorParallelEngine:
         self.max_output_tokens = engine.max_output_tokens
         self.encode_tokens = engine.encode_tokens
         self.sampler = engine.sampler
+        self.runs_ahead = engine.runs_ahead
         self._engine = engine
         self._ranks = ranks
         self._next_number = 0
@@ -75,7 +76,7 @@ class TensorParallelEngine:
         self, n: int, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
     ) -> Any:
         self._send("decode", n, tokens, positions)
-        return self._own(lambda: self._engine.decode(n, tokens, positions))
+        return self._own(lambda: decode_on_all(self._engine, n, tokens, positions))
 
     def move(self, src: int, dst: int) -> None:
         self._send("move", src, dst)
@@ -84,6 +85,9 @@ class TensorParallelEngine:
     def reorder(self, rows: Sequence[int], parents: Sequence[int]) -> None:
         self._send("reorder", rows, parents)
         self._own(lambda: self._engine.reorder(rows, parents))
+
+    def wait(self) -> None:
+        self._engine.wait()
 
     def close(self) -> None:
         self._ranks.close()

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from handler.config import Configuration
-from handler.engines.torch_ranks.ranks import Link, process_group
+from handler.engines.torch_ranks.ranks import Link, decode_on_all, process_group
 from handler.engines.torch_t5.engine import TorchT5StepEngine
 from handler.engines.torch_t5.kv_cache import EncodedPrompt
 from handler.engines.torch_t5.part import load_part
@@ -96,7 +96,7 @@ class _Commands:
         self._engine.attach(self._prompts[number], row)
 
     def decode(self, *arguments: Any) -> None:
-        self._engine.decode(*arguments)
+        decode_on_all(self._engine, *arguments)
 
     def move(self, src: int, dst: int) -> None:
         self._engine.move(src, dst)

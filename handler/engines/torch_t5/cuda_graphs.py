@@ -8,16 +8,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-# (tokens [n, 1], positions [n]) -> logits [n, 1, vocabulary]
-Step = Callable[[Tensor, Tensor], Tensor]
+# n, whose inputs are at their place on the device -> logits [n, 1, vocabulary]
+Step = Callable[[int], Tensor]
 # What computes the step again, from the same tensors into the one that it returns.
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 
@@ -30,12 +29,10 @@ class CudaGraphs:
         self, step: Step, max_rows: int, device: torch.device, capture: Capture | None = None
     ) -> None:
         start, before = time.monotonic(), _memory(device)
-        self._inputs = torch.zeros(2, max_rows, dtype=torch.int64, device=device)
         capture = capture or _Capture(device)
         self._graphs: dict[int, tuple[Callable[[], None], Tensor]] = {}
         for rows in reversed(row_counts(max_rows)):  # the largest first: others use its memory
-            tokens, positions = self._inputs[0, :rows, None], self._inputs[1, :rows]
-            self._graphs[rows] = capture(lambda t=tokens, p=positions: step(t, p))  # type: ignore[misc]
+            self._graphs[rows] = capture(partial(step, rows))
         self._counts = sorted(self._graphs)
         logger.info(
             "%d CUDA graphs of up to %d rows captured in %.1f s, %.0f MiB",
@@ -45,15 +42,9 @@ class CudaGraphs:
             (_memory(device) - before) / 2**20,
         )
 
-    def run(
-        self, n: int, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
-    ) -> Tensor:
-        """tokens [n, 1], positions [n] -> logits [n, 1, vocabulary], good until the next call"""
+    def run(self, n: int) -> Tensor:
+        """Logits [n, 1, vocabulary], good until the next call"""
         rows = next(count for count in self._counts if count >= n)
-        inputs = np.zeros(self._inputs.shape, np.int64)
-        inputs[0, :n], inputs[1, :n] = tokens[:, 0], positions
-        # not from pinned memory, which the next step might write to before it is read
-        self._inputs.copy_(torch.from_numpy(inputs), non_blocking=True)
         replay, logits = self._graphs[rows]
         replay()
         return logits[:n]

@@ -14,6 +14,7 @@ from torch import Tensor
 from handler.checkpoints.architecture import T5Architecture, relative_position_bucket
 from handler.engines.protocol import Sampler
 from handler.engines.torch_t5.cuda_graphs import Capture, CudaGraphs
+from handler.engines.torch_t5.inputs import StepInputs
 from handler.engines.torch_t5.kv_cache import EncodedPrompt, RowCache, StepMemory
 from handler.engines.torch_t5.model import T5
 from handler.engines.torch_t5.sampling import DeviceSampler
@@ -51,8 +52,12 @@ class TorchT5StepEngine:
         on_gpu = device.type == "cuda"
         at_once = _ENCODE_TOKENS_GPU if on_gpu else _ENCODE_TOKENS_CPU
         self.encode_tokens = max(at_once, max_input_tokens)
-        self.sampler: Sampler = DeviceSampler() if on_gpu else HostSampler()
-        if on_gpu:  # on Hopper it comes first, and makes a plan for every new length
+        self._inputs = StepInputs(max_rows, device)
+        self.runs_ahead = False
+        self.sampler: Sampler = HostSampler()
+        if on_gpu:
+            self.run_ahead()
+            # on Hopper it comes first, and makes a plan for every new length
             torch.backends.cuda.enable_cudnn_sdp(False)
         self._model = model
         self._device = device
@@ -65,6 +70,16 @@ class TorchT5StepEngine:
         self.has_kernels = False
         self._graphs: CudaGraphs | None = None
 
+    @property
+    def chosen(self) -> Tensor:
+        """Where the sampler leaves the tokens that negative ones stand for in ``decode``."""
+        return self._inputs.chosen
+
+    def run_ahead(self) -> None:
+        """Choose tokens on the device from now on: a step can begin before the host knows them."""
+        self.sampler = DeviceSampler(self.chosen)
+        self.runs_ahead = True
+
     def use_kernels(self) -> None:
         """Decode with the kernels from now on. All ranks of a model call it together. Where it
         raises, which may be anything that Triton and CUDA do, decoding goes on without them."""
@@ -73,9 +88,8 @@ class TorchT5StepEngine:
         self._use_device()
         take_out = fuse(self._model)
         try:
-            start = torch.zeros(1, dtype=torch.int64, device=self._device)
-            self._step(start[:, None], start)
-            self._wait()
+            self._step(1)
+            self.wait()
         except BaseException:
             take_out()
             raise
@@ -94,14 +108,14 @@ class TorchT5StepEngine:
         encoded = None
         for encoded in self._model.encode(ids, lengths, self._encoder_biases(max(lengths))):
             if encoded is None:
-                self._wait()
+                self.wait()
                 yield None
         assert encoded is not None
         handles = [self._rows.empty_prompt(length) for length in lengths]
         for layer, keys_values in enumerate(self._model.cross_keys_values(encoded)):
             for handle, part in zip(handles, torch.split(keys_values, lengths, dim=2)):
                 handle.keys_values[layer] = part
-            self._wait()
+            self.wait()
             yield None
         yield handles
 
@@ -117,29 +131,40 @@ class TorchT5StepEngine:
         They stay on the device for a sampler that works there.
         """
         self._use_device()
-        rows, q = self._rows, tokens.shape[1]
+        q = tokens.shape[1]
+        used = self._rows.own_used
         for row, position in enumerate(positions.tolist()):
-            rows.own_used[row] = max(rows.own_used[row], position + q)
-        if self._graphs is not None and q == 1:
-            logits = self._graphs.run(n, tokens, positions)
-        elif self.has_kernels and q == 1:
-            logits = self._step(self._moved(tokens), self._moved(positions))
+            used[row] = max(used[row], position + q)
+        if q == 1:
+            self._inputs.fill(tokens, positions)
+        if q == 1 and self._graphs is not None:
+            logits = self._graphs.run(n)
+        elif q == 1 and self.has_kernels:
+            logits = self._step(n)
         else:
-            memory = StepMemory(
-                rows,
-                self._moved(positions[:, None] + np.arange(q)),
-                self._decoder_bias,
-                own=int(positions.max()) + q,
-                cross=max(rows.prompt_lengths[:n]),
-            )
-            logits = self._model.decode(self._moved(tokens), memory)
+            logits = self._plain_step(n, tokens, positions)
         return logits if isinstance(self.sampler, DeviceSampler) else logits.cpu().numpy()
 
-    def _step(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """tokens [n, 1], positions [n] -> logits [n, 1, vocabulary], by kernels that read nothing
-        of the host: what a CUDA graph can hold."""
+    def _plain_step(
+        self, n: int, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
+    ) -> Tensor:
+        """See decode."""
+        q = tokens.shape[1]
+        if q == 1:
+            ids, at = self._inputs.of(n)
+            places = at[:, None]
+        else:
+            ids, places = self._moved(tokens), self._moved(positions[:, None] + np.arange(q))
+        longest = {"own": int(positions.max()) + q, "cross": max(self._rows.prompt_lengths[:n])}
+        memory = StepMemory(self._rows, places, self._decoder_bias, **longest)
+        return self._model.decode(ids, memory)
+
+    def _step(self, n: int) -> Tensor:
+        """Logits [n, 1, vocabulary] of what was filled in, by kernels that read nothing of the
+        host: what a CUDA graph can hold."""
         from handler.engines.torch_t5.kernels import KernelMemory
 
+        tokens, positions = self._inputs.of(n)
         memory = KernelMemory(self._rows, positions, self._decoder_bias)
         return self._model.decode(tokens, memory)
 
@@ -150,6 +175,11 @@ class TorchT5StepEngine:
     def reorder(self, rows: Sequence[int], parents: Sequence[int]) -> None:
         """Each of ``rows`` goes on from the tokens of its parent, a row on the same prompt."""
         self._rows.reorder(rows, parents)
+
+    def wait(self) -> None:
+        """Until the device is done: who decides what comes next goes by the time that passed."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
 
     def when_lost(self, action: Callable[[str], None]) -> None:
         """Never: one process is not lost to itself. See TensorParallelEngine."""
@@ -174,11 +204,6 @@ class TorchT5StepEngine:
         """Triton launches on the current device, which each thread has its own."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-
-    def _wait(self) -> None:
-        """Until the device is done: who decides what comes next goes by the time that passed."""
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
 
 
 def _by_distance(tables: Tensor, a: T5Architecture, longest: int, bidirectional: bool) -> Tensor:

@@ -1,13 +1,13 @@
 """Choosing tokens where the logits are: handler/sampling.py's specification, on a GPU.
 
 A row's random number is made on the host from its seed and its step, as there; what was chosen
-comes back in one copy, the only time that the host waits for the device in a step.
+comes back in one copy, the only thing in a step that the host waits for, with the next step begun.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,52 +16,86 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from handler.sampling import Floats, Planned, RowSampling, filters_of, planned
+from handler.sampling import Chosen, Floats, Planned, RowSampling, filters_of, planned
 
 
 class DeviceSampler:
-    """See Sampler: for logits that are torch's."""
+    """See Sampler: for logits that are torch's, on the device of ``chosen``.
+
+    chosen [max_rows]: where the tokens are left for who reads them there.
+    """
+
+    def __init__(self, chosen: Tensor) -> None:
+        self._chosen = chosen
+        on_gpu = chosen.device.type == "cuda"
+        self._copied = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
+        self._told = torch.empty(2, len(chosen), dtype=torch.float64, pin_memory=on_gpu)
 
     def on_host(self, logits: Tensor) -> Floats:
         copied: Floats = logits.cpu().numpy()
         return copied
 
-    def choose_tokens(
+    def choose(
         self,
         logits: Tensor,
         rows: Sequence[RowSampling],
         steps: Sequence[int],
         eos_token_id: int,
         tokens_in_use: int | None = None,
-    ) -> tuple[list[int], list[float | None]]:
-        """See handler/sampling.py. ``logits`` [rows, vocabulary] are not changed."""
-        size = logits.shape[-1]
-        scores = logits.clone()
-        if tokens_in_use is not None:
-            scores[:, tokens_in_use:] = -torch.inf
-        plan = planned(rows, steps, eos_token_id, size)
-        if plan is not None:
-            _change(scores.view(-1), plan)
-        allowed, tokens = scores.max(-1)
-        drawing = [row for row, sampling in enumerate(rows) if sampling.samples]
-        if drawing:
-            numbers = np.array([rows[row].uniform(steps[row]) for row in drawing])
-            top_k, values = filters_of([rows[row] for row in drawing])
-            there = _on(logits.device, np.array(drawing))
-            drawn = _draw(scores[there], top_k, values, numbers)
-            # a row without any token to choose, or of no numbers, is told apart below
-            tokens[there] = torch.where(allowed[there].isfinite(), drawn, tokens[there])
-        log_probs = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
-        log_probs = torch.where(allowed == -torch.inf, allowed, log_probs.clamp(max=0.0))
-        log_probs = torch.where(logits.amax(-1).isfinite(), log_probs, torch.nan)
-        told = torch.stack([tokens.double(), log_probs.double()]).cpu().numpy()
+    ) -> Callable[[], Chosen]:
+        """See Sampler. ``logits`` [rows, vocabulary] are not changed."""
+        tokens, log_probs = _choose(logits, rows, steps, eos_token_id, tokens_in_use)
+        n = len(rows)
+        self._chosen[:n] = tokens
+        # begun now: what the device is given next need not be waited for
+        self._told[:, :n].copy_(
+            torch.stack([tokens.double(), log_probs.double()]), non_blocking=True
+        )
+        if self._copied is not None:
+            self._copied.record()
+        return lambda: self._tell(rows)
+
+    def _tell(self, rows: Sequence[RowSampling]) -> Chosen:
+        if self._copied is not None:
+            self._copied.synchronize()
+        told = self._told[:, : len(rows)].numpy()
         picked: list[int] = told[0].astype(np.int64).tolist()
         for sampling, token in zip(rows, picked):
             sampling.append(token)
-        return picked, [
+        log_probs = [
             p if sampling.log_probs or not math.isfinite(p) else None
             for sampling, p in zip(rows, told[1].tolist())
         ]
+        return Chosen(picked, log_probs)
+
+
+def _choose(
+    logits: Tensor,
+    rows: Sequence[RowSampling],
+    steps: Sequence[int],
+    eos_token_id: int,
+    tokens_in_use: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Tokens and log-probabilities [rows], by what the host knows and the device's logits."""
+    size = logits.shape[-1]
+    scores = logits.clone()
+    if tokens_in_use is not None:
+        scores[:, tokens_in_use:] = -torch.inf
+    plan = planned(rows, steps, eos_token_id, size)
+    if plan is not None:
+        _change(scores.view(-1), plan)
+    allowed, tokens = scores.max(-1)
+    drawing = [row for row, sampling in enumerate(rows) if sampling.samples]
+    if drawing:
+        numbers = np.array([rows[row].uniform(steps[row]) for row in drawing])
+        top_k, values = filters_of([rows[row] for row in drawing])
+        there = _on(logits.device, np.array(drawing))
+        drawn = _draw(scores[there], top_k, values, numbers)
+        # a row without any token to choose, or of no numbers, is told apart below
+        tokens[there] = torch.where(allowed[there].isfinite(), drawn, tokens[there])
+    log_probs = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+    log_probs = torch.where(allowed == -torch.inf, allowed, log_probs.clamp(max=0.0))
+    return tokens, torch.where(logits.amax(-1).isfinite(), log_probs, torch.nan)
 
 
 def _change(flat: Tensor, plan: Planned) -> None:

@@ -59,6 +59,7 @@ def on_device(
     size=st.sampled_from([100, 700, 5000]),
     spread=st.sampled_from([0.3, 3.0, 50.0]),
     seed=st.integers(0, 100),
+    told=st.integers(0, 6),
 )
 def test_the_device_chooses_what_the_host_does(
     cases: list[tuple[GenerationParameters, list[int]]],
@@ -66,11 +67,15 @@ def test_the_device_chooses_what_the_host_does(
     size: int,
     spread: float,
     seed: int,
+    told: int,
 ) -> None:
+    """The first so many rows are told log-probabilities."""
     logits = np.stack([random_logits(size, spread, seed + row) for row in range(len(cases))])
 
     def rows(nudge: float = 0.0) -> list[RowSampling]:
-        made = [Nudged(p, bad_words=bad_words) for p, _ in cases]
+        made = [
+            Nudged(p, bad_words=bad_words, log_probs=row < told) for row, (p, _) in enumerate(cases)
+        ]
         for row, (_, generated) in zip(made, cases):
             row.nudge = nudge
             for token in generated:
@@ -91,8 +96,10 @@ def test_the_device_chooses_what_the_host_does(
 
 
 @pytest.mark.parametrize("wrong", ["one NaN", "all NaN", "all -inf", "inf"])
-@pytest.mark.parametrize("samples", [False, True])
-def test_logits_that_are_no_numbers_fail_their_row_alone(samples: bool, wrong: str) -> None:
+@pytest.mark.parametrize(("samples", "told"), [(False, True), (True, True), (False, False)])
+def test_logits_that_are_no_numbers_fail_their_row_alone(
+    samples: bool, told: bool, wrong: str
+) -> None:
     logits = np.stack([random_logits(20)] * 3)
     if wrong == "one NaN":
         logits[1, 7] = np.nan
@@ -101,17 +108,19 @@ def test_logits_that_are_no_numbers_fail_their_row_alone(samples: bool, wrong: s
     else:
         logits[1] = -np.inf if wrong == "all -inf" else np.nan
     p = GenerationParameters(do_sample=samples, top_p=0.9, seed=4)
-    tokens, log_probs = on_device(logits, [RowSampling(p) for _ in range(3)], [0] * 3, 20)
+    rows = [RowSampling(p, log_probs=told) for _ in range(3)]
+    tokens, log_probs = on_device(logits, rows, [0] * 3, 20)
     assert np.isnan(log_probs[1])
     assert (tokens[0], log_probs[0]) == (tokens[2], log_probs[2])
-    assert np.isfinite(log_probs[0])
+    assert np.isfinite(log_probs[0]) if told else log_probs[0] is None
 
 
-@pytest.mark.parametrize("samples", [False, True])
-def test_none_left_is_told(samples: bool) -> None:
+@pytest.mark.parametrize(("samples", "told"), [(False, True), (True, True), (False, False)])
+def test_none_left_is_told(samples: bool, told: bool) -> None:
     p = GenerationParameters(do_sample=samples, ignore_eos_token=True, seed=1)
     words = [[token] for token in range(20)]
-    _, log_probs = on_device(random_logits(20)[None], [RowSampling(p, bad_words=words)], [0], 20)
+    row = RowSampling(p, bad_words=words, log_probs=told)
+    _, log_probs = on_device(random_logits(20)[None], [row], [0], 20)
     assert log_probs == [-np.inf]
 
 

@@ -29,7 +29,7 @@ class DeviceSampler:
         self._chosen = chosen
         on_gpu = chosen.device.type == "cuda"
         self._copied = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
-        self._told = torch.empty(2, len(chosen), dtype=torch.float64, pin_memory=on_gpu)
+        self._told = torch.empty(len(chosen), 2, dtype=torch.float64, pin_memory=on_gpu)
 
     def on_host(self, logits: Tensor) -> Floats:
         copied: Floats = logits.cpu().numpy()
@@ -48,9 +48,8 @@ class DeviceSampler:
         n = len(rows)
         self._chosen[:n] = tokens
         # begun now: what the device is given next need not be waited for
-        self._told[:, :n].copy_(
-            torch.stack([tokens.double(), log_probs.double()]), non_blocking=True
-        )
+        told = torch.stack([tokens.double(), log_probs.double()], dim=1)
+        self._told[:n].copy_(told, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
         return lambda: self._tell(rows)
@@ -58,7 +57,7 @@ class DeviceSampler:
     def _tell(self, rows: Sequence[RowSampling]) -> Chosen:
         if self._copied is not None:
             self._copied.synchronize()
-        told = self._told[:, : len(rows)].numpy()
+        told = self._told[: len(rows)].numpy().T
         picked: list[int] = told[0].astype(np.int64).tolist()
         for sampling, token in zip(rows, picked):
             sampling.append(token)
@@ -93,8 +92,11 @@ def _choose(
         drawn = _draw(scores[there], top_k, values, numbers)
         # a row without any token to choose, or of no numbers, is told apart below
         tokens[there] = torch.where(allowed[there].isfinite(), drawn, tokens[there])
-    log_probs = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
-    log_probs = torch.where(allowed == -torch.inf, allowed, log_probs.clamp(max=0.0))
+    log_probs = torch.zeros_like(allowed)
+    if any(sampling.log_probs for sampling in rows):
+        chosen = logits.gather(1, tokens[:, None])[:, 0]
+        log_probs = (chosen - logits.logsumexp(-1)).clamp(max=0.0)
+    log_probs = torch.where(allowed == -torch.inf, allowed, log_probs)
     return tokens, torch.where(logits.amax(-1).isfinite(), log_probs, torch.nan)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import subprocess
 import sys
@@ -69,19 +70,24 @@ def test_the_thread_outlives_whatever_fails(
     """Everybody is told, also who waits, and the next ones are served."""
     model = init_inference(str(demo), backend=backend, max_rows=2)
     original = getattr(WaitingPrompts, method)
+    calls = itertools.count()
+    went_on = threading.Event()
 
     def fail_once(self: WaitingPrompts, *arguments: object) -> object:
-        monkeypatch.setattr(WaitingPrompts, method, original)
-        raise MemoryError("no room")
+        if next(calls) == 0:
+            raise MemoryError("no room")
+        went_on.set()
+        return original(self, *arguments)
 
     monkeypatch.setattr(WaitingPrompts, method, fail_once)
     futures = model.submit([GenerationRequest("x", ENDLESS)] * 5)
-    if method == "take":  # a thread that waits already does not call wait again until later
+    if method == "take":
         errors = [future.exception(60) for future in futures]
         assert all(isinstance(error, RequestError) and error.code == 507 for error in errors)
-    else:
+    else:  # a thread that waits already does not call wait again until these are done
         for future in futures:
             future.cancel()
+        assert went_on.wait(60), "a prompt that comes before it would fail, too"
     assert model.pipeline_generate(["Write 7 in words."]) == ["seven"]
     assert model.healthy
     model.close()

@@ -38,12 +38,9 @@ class Follower:
         with self._telling():
             part = load_part(folder, c, rank, size)
             self._link.tell("loaded", part.rows)
-            command, arguments = self._link.receive()
-            if command == "close":  # rank 0 could not load
-                raise EOFError
-            (rows,) = arguments
+            rows = self._link.told("join")
             part.join(process_group(store, rank, size, part.device))
-            self.engine = part.engine(rows)
+            self.engine = part.engine(rows, self._link.agree)
             self._link.tell("ready")
 
     def run(self) -> None:

@@ -17,8 +17,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from multiprocessing import connection
@@ -34,6 +34,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 import handler
 from handler.config import Configuration
 from handler.errors import LoadError, RequestError
+from handler.ranks import end_process
 
 if TYPE_CHECKING:
     from handler.engines.torch_t5.engine import TorchT5StepEngine
@@ -103,6 +104,33 @@ class Ranks:
             if self.lost is not None:
                 raise LoadError(self.lost)
             return [self._told[key] for key in expected]
+
+    def agree(self, what: str, failure: str | None) -> str | None:
+        """See fast_steps.Agree."""
+        failures = [failure, *self.all_told(what)]
+        named = [f"rank {rank} of {self.size}: {why}" for rank, why in enumerate(failures) if why]
+        against = named[0] if named else None
+        self.send(what, against)
+        return against
+
+    @contextmanager
+    def ending_if_stuck(self) -> Iterator[None]:
+        """Should a rank be lost meanwhile, and who waits for it in the process group not come out
+        of there, this process ends: NCCL waits for minutes, and nothing interrupts it."""
+        over = threading.Event()
+
+        def end(reason: str) -> None:
+            if not over.wait(_GOODBYE_SECONDS):
+                end_process(f"{reason}; rank 0 waits for it in vain", after=0)
+
+        def watch(reason: str) -> None:
+            threading.Thread(target=end, args=(reason,), name="stuck", daemon=True).start()
+
+        self.when_lost(watch)
+        try:
+            yield
+        finally:
+            over.set()
 
     def serve(self) -> None:
         """From now on a rank that stands still is missed soon: requests wait for it. One that
@@ -253,6 +281,21 @@ class Link:
         except OSError as error:
             raise EOFError from error
         return command, arguments
+
+    def told(self, command: str) -> Any:
+        """The argument of this command, which is the next. Raises EOFError when rank 0 is gone, or
+        could not load."""
+        got, arguments = self.receive()
+        if got != command:
+            raise EOFError
+        (argument,) = arguments
+        return argument
+
+    def agree(self, what: str, failure: str | None) -> str | None:
+        """See fast_steps.Agree."""
+        self.tell(what, failure)
+        against: str | None = self.told(what)
+        return against
 
     def close(self) -> None:
         """Rank 0 said goodbye, and may go."""

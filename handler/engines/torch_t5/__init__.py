@@ -90,17 +90,21 @@ def _load_together(
         part = load_part(folder, c, 0, ranks.size)
         rows = min(part.rows, *ranks.all_told("loaded"))
         ranks.send("join", rows)
-        part.join(process_group(store, 0, ranks.size, part.device))
-        engine = TensorParallelEngine(part.engine(rows), ranks)
-        ranks.all_told("ready")
+        with ranks.ending_if_stuck():
+            part.join(process_group(store, 0, ranks.size, part.device))
+            engine = TensorParallelEngine(part.engine(rows, ranks.agree), ranks)
+            ranks.all_told("ready")
         ranks.serve()
         return engine
     except BaseException as error:
+        # what fails here may be that another rank did: then that is the reason
+        failed = isinstance(error, Exception) and not isinstance(error, LoadError)
+        reason = ranks.blame(error) if failed else None
         ranks.close()
         leave_group(ranks.lost)
-        if isinstance(error, LoadError) or ranks.lost is None:
+        if reason is None:
             raise
-        raise LoadError(ranks.lost) from error
+        raise LoadError(reason) from error
 
 
 def _degree(c: Configuration) -> int:

@@ -16,6 +16,7 @@ from handler.checkpoints.partitioned import read_partition
 from handler.checkpoints.read import CheckpointWeights
 from handler.config import MAX_ROWS_ON_CPU, MAX_ROWS_ON_GPU, Configuration
 from handler.engines.torch_t5.engine import TorchT5StepEngine
+from handler.engines.torch_t5.fast_steps import Agree, speed_up
 from handler.engines.torch_t5.kv_cache import RowCache
 from handler.engines.torch_t5.loading import CheckpointParts, Parts, RankFileParts, load_model
 from handler.engines.torch_t5.model import T5
@@ -51,11 +52,11 @@ class LoadedPart:
     def join(self, group: ProcessGroup) -> None:
         join_ranks(self.model, self.whole.vocab_size, group)
 
-    def engine(self, rows: int) -> TorchT5StepEngine:
-        """As fast as the device lets it be."""
+    def engine(self, rows: int, agree: Agree | None = None) -> TorchT5StepEngine:
+        """As fast as the device lets it be. agree: of ranks that have joined. See fast_steps.py."""
         engine = self.plain_engine(rows)
         if self.device.type == "cuda":
-            _speed_up(engine)
+            speed_up(engine, self.model, agree)
         return engine
 
     def plain_engine(self, rows: int) -> TorchT5StepEngine:
@@ -74,16 +75,6 @@ class LoadedPart:
         if self.device.type == "cuda":
             _try_to_encode(self.plain_engine(1), self.configuration)
         return replace(self, rows=_rows(self))
-
-
-def _speed_up(engine: TorchT5StepEngine) -> None:
-    """What only GPUs have. Without it they answer the same, later."""
-    try:
-        engine.use_kernels()
-        engine.use_graphs()
-    except Exception as error:  # Triton's compiler, the driver, too little memory
-        without = "CUDA graphs" if engine.has_kernels else "kernels and CUDA graphs"
-        logger.warning("decoding is slower than it could be, without %s: %r", without, error)
 
 
 def load_part(folder: Path, c: Configuration, rank: int = 0, degree: int = 1) -> LoadedPart:

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
@@ -29,6 +30,8 @@ from handler.checkpoints.partition import partition
 from handler.config import configuration_of
 from handler.engines import Model, init_inference
 from handler.engines.torch_ranks.engine import TensorParallelEngine
+from handler.engines.torch_ranks.ranks import process_group
+from handler.engines.torch_t5 import part
 from handler.errors import LoadError
 from handler.generation import GenerationRequest, GenerationResult
 from handler.parameters import parse_parameters
@@ -246,6 +249,31 @@ def test_every_rank_forgets_what_nobody_holds(engine: TensorParallelEngine) -> N
 
 
 # Starting and ending
+
+
+@pytest.mark.parametrize(("gpus", "backend"), [(1, "gloo"), (2, "nccl")])
+def test_ranks_meet_by_nccl_where_each_has_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, backend: str
+) -> None:
+    """It refuses two on one. Only the choice: there is no GPU to do it with."""
+
+    def meet(backend: str, **how: Any) -> None:
+        raise InterruptedError(backend, how["device_id"])
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(dist, "init_process_group", meet)
+    device = torch.device("cuda", 0)
+    with pytest.raises(InterruptedError) as met:
+        process_group(dist.HashStore(), 1, 2, device)
+    assert met.value.args == (backend, device if backend == "nccl" else None)
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch, demo: Path) -> None:
+    monkeypatch.setattr(part, "gpu_is_there", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    c = configuration_of(str(demo), tensor_parallel_degree=2)
+    with pytest.raises(LoadError, match=r"degree=2 needs as many GPUs .* there are 1 in all"):
+        part.load_part(demo, c, 1, 2)
 
 
 def test_a_degree_that_does_not_divide(demo: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -30,13 +31,19 @@ class Follower:
     """
 
     def __init__(
-        self, folder: Path, c: Configuration, rank: int, size: int, store: TCPStore
+        self,
+        folder: Path,
+        c: Configuration,
+        rank: int,
+        size: int,
+        store: TCPStore,
+        device: torch.device | None = None,
     ) -> None:
         self.answers: SimpleQueue[Any] = SimpleQueue()
         self._name = f"rank {rank} of {size}"
         self._link = Link(store, rank)
         with self._telling():
-            part = load_part(folder, c, rank, size)
+            part = load_part(folder, c, rank, size, device)
             self._link.tell("loaded", part.rows)
             rows = self._link.told("join")
             part.join(process_group(store, rank, size, part.device))

@@ -345,15 +345,16 @@ def refuse_another_model() -> None:
 
 def process_group(store: TCPStore, rank: int, size: int, device: torch.device) -> dist.ProcessGroup:
     """Where the ranks' results meet; returns when all are there."""
-    on_gpu = device.type == "cuda"
+    # NCCL refuses two ranks on one GPU
+    by_nccl = device.type == "cuda" and torch.cuda.device_count() >= size
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else by the host's name, which may be none
     dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
+        "nccl" if by_nccl else "gloo",
         store=PrefixStore("group", store),
         rank=rank,
         world_size=size,
         timeout=timedelta(seconds=_START_SECONDS),
-        device_id=device if on_gpu else None,
+        device_id=device if by_nccl else None,
     )
     group = dist.group.WORLD
     assert group is not None

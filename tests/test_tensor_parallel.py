@@ -29,8 +29,9 @@ from test_scheduler import Bench, play, scripts
 from handler.checkpoints.partition import partition
 from handler.config import configuration_of
 from handler.engines import Model, init_inference
+from handler.engines.torch_ranks import ranks
 from handler.engines.torch_ranks.engine import TensorParallelEngine
-from handler.engines.torch_ranks.ranks import process_group
+from handler.engines.torch_ranks.ranks import process_group, start_processes
 from handler.engines.torch_t5 import part
 from handler.errors import LoadError
 from handler.generation import GenerationRequest, GenerationResult
@@ -194,6 +195,35 @@ def anonymous_memory(pid: int) -> int:
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     (kilobytes,) = [line.split()[1] for line in lines if line.startswith("Pss_Anon:")]
     return int(kilobytes) << 10
+
+
+# Ending
+
+LEAVING_TOGETHER = """
+import torch.distributed as dist
+leave = dist.destroy_process_group
+dist.destroy_process_group = lambda: (dist.barrier(), leave())
+"""
+
+
+def test_all_ranks_leave_before_any_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, demo: Path, tmp_path: Path
+) -> None:
+    """In NCCL none leaves without the others; here that is a barrier's doing."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*arguments: Any) -> list[subprocess.Popen[bytes]]:
+        started.extend(start_processes(*arguments))
+        return started
+
+    monkeypatch.setattr(ranks, "start_processes", start)
+    monkeypatch.setattr(dist, "destroy_process_group", dist.destroy_process_group)
+    exec(LEAVING_TOGETHER, {})
+    (tmp_path / "sitecustomize.py").write_text(LEAVING_TOGETHER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with loaded(demo, 2) as model:
+        model.pipeline_generate(PROMPTS[:1], max_new_tokens=1)
+    assert [process.returncode for process in started] == [0]  # not killed
 
 
 # Rows that come and go

@@ -11,11 +11,10 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from handler.config import Configuration
-from handler.engines.torch_ranks.ranks import Link, decode_on_all, process_group
+from handler.engines.torch_ranks.ranks import Link, decode_on_all, leave_group, process_group
 from handler.engines.torch_t5.engine import TorchT5StepEngine
 from handler.engines.torch_t5.kv_cache import EncodedPrompt
 from handler.engines.torch_t5.part import load_part
@@ -58,7 +57,7 @@ class Follower:
                 commands.run(*told)
         self._link.close()
         self.engine.close()  # NCCL waits for the CUDA graphs that hold its calls
-        dist.destroy_process_group()
+        leave_group()
 
     @contextmanager
     def _telling(self) -> Iterator[None]:

@@ -177,8 +177,8 @@ class Ranks:
         self.lose(f"rank 0 of {self.size}: {error or type(error).__name__}")
         return self.lost or str(error)
 
-    def close(self) -> None:
-        """Let the others end."""
+    def say_goodbye(self) -> None:
+        """Let the others end. They leave the process group, as this rank must, too."""
         with self._changed:
             self._closing = True
         for link in self._links.values():
@@ -186,11 +186,19 @@ class Ranks:
                 link.send(("close", ()))
             except OSError:
                 pass
+
+    def close(self) -> None:
+        """Leave the process group together with the others, and see them end."""
+        if not self._closing:
+            self.say_goodbye()
+        leave_group(self.lost)
+        deadline = time.monotonic() + _GOODBYE_SECONDS
         for process in self._processes:
             try:
-                process.wait(_GOODBYE_SECONDS)
+                process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait()
         for link in self._links.values():
             link.close()
 
@@ -373,7 +381,11 @@ def decode_on_all(
     return engine.decode(n, tokens, positions)
 
 
-def leave_group(lost: str | None) -> None:
-    """Let this process join another one later. NCCL may wait for ever for a rank that is lost."""
-    if dist.is_initialized() and (lost is None or dist.get_backend() == "gloo"):
-        dist.destroy_process_group()
+def leave_group(lost: str | None = None) -> None:
+    """Let this process join another one later. All ranks leave at the same time: in NCCL each waits
+    for the others, and not to the end of days here. For one that is lost nobody waits."""
+    if not dist.is_initialized() or (lost is not None and dist.get_backend() != "gloo"):
+        return
+    leaving = threading.Thread(target=dist.destroy_process_group, name="leaving", daemon=True)
+    leaving.start()
+    leaving.join(_GOODBYE_SECONDS)

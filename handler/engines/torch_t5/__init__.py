@@ -91,7 +91,7 @@ def _load_together(
 ) -> TensorParallelEngine:
     """Rank 0's part of the model, and the others' when they have theirs."""
     from handler.engines.torch_ranks.engine import TensorParallelEngine
-    from handler.engines.torch_ranks.ranks import leave_group, process_group
+    from handler.engines.torch_ranks.ranks import process_group
     from handler.engines.torch_t5.part import load_part
 
     try:
@@ -110,7 +110,6 @@ def _load_together(
         failed = isinstance(error, Exception) and not isinstance(error, LoadError)
         reason = ranks.blame(error) if failed else None
         ranks.close()
-        leave_group(ranks.lost)
         if reason is None:
             raise
         raise LoadError(reason) from error

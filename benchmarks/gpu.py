@@ -10,6 +10,8 @@ the bandwidth that is measured here, divided by decode ms. requests/s: 128 clien
 512 tokens in, 4 to 128 out; transformers in batches of 32 as they come, which end with their
 longest. x ours: how many times as fast ours is.
 
+After that, the demo's texts in TP 2 on this one device beside those in TP 1: see gpu_ranks.py.
+
 Of transformers the fastest way that works is compared: with its default cache, with a static one,
 and with that and torch.compile; each is listed.
 """
@@ -27,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from gpu_peers import PEERS, MakePeer, Peer
+from gpu_ranks import compare_ranks
 from machine import describe, print_description
 from random_model import FIRST_WORD, SHAPES, TOKENS, checkpoint, config_of
 from report import print_table, ratio, write_json
@@ -74,25 +77,31 @@ def main() -> None:
     device = torch.device(a.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no GPU: nothing was measured (--device cpu tries the script)")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     machine = describe(usable_cpus())
     print_description(machine)
     bandwidth = _bandwidth(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{name}, {bandwidth / 1e9:.0f} GB/s measured")
     measured = [_measure(shape, device, bandwidth, a) for shape in a.shapes]
-    write_json(a.json, {"machine": machine, "device": name, "measured": measured})
+    dtypes = [] if a.no_ranks else list(dict.fromkeys(["fp32", a.dtype]))
+    ranks = [compare_ranks(device, dtype) for dtype in dtypes]
+    figures = {"machine": machine, "device": name, "measured": measured, "ranks": ranks}
+    write_json(a.json, figures)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["base", "xl", "xxl"])
+    parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=["base", "xl", "xxl"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--dtype", choices=_DTYPES, default="bf16")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--requests", type=int, default=_REQUESTS, help="0: no clients")
+    parser.add_argument("--no-ranks", action="store_true", help="leave TP 2 out")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     return parser.parse_args()

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
@@ -28,7 +29,10 @@ from test_scheduler import Bench, play, scripts
 from handler.checkpoints.partition import partition
 from handler.config import configuration_of
 from handler.engines import Model, init_inference
+from handler.engines.torch_ranks import ranks
 from handler.engines.torch_ranks.engine import TensorParallelEngine
+from handler.engines.torch_ranks.ranks import process_group, start_processes
+from handler.engines.torch_t5 import part
 from handler.errors import LoadError
 from handler.generation import GenerationRequest, GenerationResult
 from handler.parameters import parse_parameters
@@ -193,6 +197,35 @@ def anonymous_memory(pid: int) -> int:
     return int(kilobytes) << 10
 
 
+# Ending
+
+LEAVING_TOGETHER = """
+import torch.distributed as dist
+leave = dist.destroy_process_group
+dist.destroy_process_group = lambda: (dist.barrier(), leave())
+"""
+
+
+def test_all_ranks_leave_before_any_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, demo: Path, tmp_path: Path
+) -> None:
+    """In NCCL none leaves without the others; here that is a barrier's doing."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*arguments: Any) -> list[subprocess.Popen[bytes]]:
+        started.extend(start_processes(*arguments))
+        return started
+
+    monkeypatch.setattr(ranks, "start_processes", start)
+    monkeypatch.setattr(dist, "destroy_process_group", dist.destroy_process_group)
+    exec(LEAVING_TOGETHER, {})
+    (tmp_path / "sitecustomize.py").write_text(LEAVING_TOGETHER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with loaded(demo, 2) as model:
+        model.pipeline_generate(PROMPTS[:1], max_new_tokens=1)
+    assert [process.returncode for process in started] == [0]  # not killed
+
+
 # Rows that come and go
 
 
@@ -246,6 +279,31 @@ def test_every_rank_forgets_what_nobody_holds(engine: TensorParallelEngine) -> N
 
 
 # Starting and ending
+
+
+@pytest.mark.parametrize(("gpus", "backend"), [(1, "gloo"), (2, "nccl")])
+def test_ranks_meet_by_nccl_where_each_has_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, backend: str
+) -> None:
+    """It refuses two on one. Only the choice: there is no GPU to do it with."""
+
+    def meet(backend: str, **how: Any) -> None:
+        raise InterruptedError(backend, how["device_id"])
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(dist, "init_process_group", meet)
+    device = torch.device("cuda", 0)
+    with pytest.raises(InterruptedError) as met:
+        process_group(dist.HashStore(), 1, 2, device)
+    assert met.value.args == (backend, device if backend == "nccl" else None)
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch, demo: Path) -> None:
+    monkeypatch.setattr(part, "gpu_is_there", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    c = configuration_of(str(demo), tensor_parallel_degree=2)
+    with pytest.raises(LoadError, match=r"degree=2 needs as many GPUs .* there are 1 in all"):
+        part.load_part(demo, c, 1, 2)
 
 
 def test_a_degree_that_does_not_divide(demo: Path) -> None:

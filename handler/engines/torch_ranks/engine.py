@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from handler.engines.torch_ranks.ranks import RankLost, Ranks, decode_on_all, leave_group
+from handler.engines.torch_ranks.ranks import RankLost, Ranks, decode_on_all
 from handler.engines.torch_t5.engine import TorchT5StepEngine
 from handler.engines.torch_t5.kv_cache import EncodedPrompt
 
@@ -90,9 +90,9 @@ class TensorParallelEngine:
         self._engine.wait()
 
     def close(self) -> None:
+        self._ranks.say_goodbye()
+        self._engine.close()  # NCCL waits for the CUDA graphs that hold its calls
         self._ranks.close()
-        self._engine.close()
-        leave_group(self._ranks.lost)
 
     def _shared(self, own: EncodedPrompt, number: int) -> SharedPrompt:
         shared = SharedPrompt(own, number)

@@ -10,11 +10,11 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-import torch.distributed as dist
+import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from handler.config import Configuration
-from handler.engines.torch_ranks.ranks import Link, decode_on_all, process_group
+from handler.engines.torch_ranks.ranks import Link, decode_on_all, leave_group, process_group
 from handler.engines.torch_t5.engine import TorchT5StepEngine
 from handler.engines.torch_t5.kv_cache import EncodedPrompt
 from handler.engines.torch_t5.part import load_part
@@ -30,20 +30,23 @@ class Follower:
     """
 
     def __init__(
-        self, folder: Path, c: Configuration, rank: int, size: int, store: TCPStore
+        self,
+        folder: Path,
+        c: Configuration,
+        rank: int,
+        size: int,
+        store: TCPStore,
+        device: torch.device | None = None,
     ) -> None:
         self.answers: SimpleQueue[Any] = SimpleQueue()
         self._name = f"rank {rank} of {size}"
         self._link = Link(store, rank)
         with self._telling():
-            part = load_part(folder, c, rank, size)
+            part = load_part(folder, c, rank, size, device)
             self._link.tell("loaded", part.rows)
-            command, arguments = self._link.receive()
-            if command == "close":  # rank 0 could not load
-                raise EOFError
-            (rows,) = arguments
+            rows = self._link.told("join")
             part.join(process_group(store, rank, size, part.device))
-            self.engine = part.engine(rows)
+            self.engine = part.engine(rows, self._link.agree)
             self._link.tell("ready")
 
     def run(self) -> None:
@@ -54,7 +57,7 @@ class Follower:
                 commands.run(*told)
         self._link.close()
         self.engine.close()  # NCCL waits for the CUDA graphs that hold its calls
-        dist.destroy_process_group()
+        leave_group()
 
     @contextmanager
     def _telling(self) -> Iterator[None]:

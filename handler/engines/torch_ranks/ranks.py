@@ -17,8 +17,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from multiprocessing import connection
@@ -34,6 +34,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 import handler
 from handler.config import Configuration
 from handler.errors import LoadError, RequestError
+from handler.ranks import end_process
 
 if TYPE_CHECKING:
     from handler.engines.torch_t5.engine import TorchT5StepEngine
@@ -104,6 +105,33 @@ class Ranks:
                 raise LoadError(self.lost)
             return [self._told[key] for key in expected]
 
+    def agree(self, what: str, failure: str | None) -> str | None:
+        """See fast_steps.Agree."""
+        failures = [failure, *self.all_told(what)]
+        named = [f"rank {rank} of {self.size}: {why}" for rank, why in enumerate(failures) if why]
+        against = named[0] if named else None
+        self.send(what, against)
+        return against
+
+    @contextmanager
+    def ending_if_stuck(self) -> Iterator[None]:
+        """Should a rank be lost meanwhile, and who waits for it in the process group not come out
+        of there, this process ends: NCCL waits for minutes, and nothing interrupts it."""
+        over = threading.Event()
+
+        def end(reason: str) -> None:
+            if not over.wait(_GOODBYE_SECONDS):
+                end_process(f"{reason}; rank 0 waits for it in vain", after=0)
+
+        def watch(reason: str) -> None:
+            threading.Thread(target=end, args=(reason,), name="stuck", daemon=True).start()
+
+        self.when_lost(watch)
+        try:
+            yield
+        finally:
+            over.set()
+
     def serve(self) -> None:
         """From now on a rank that stands still is missed soon: requests wait for it. One that
         loads may be held up for long, by a disk or a driver."""
@@ -149,8 +177,8 @@ class Ranks:
         self.lose(f"rank 0 of {self.size}: {error or type(error).__name__}")
         return self.lost or str(error)
 
-    def close(self) -> None:
-        """Let the others end."""
+    def say_goodbye(self) -> None:
+        """Let the others end. They leave the process group, as this rank must, too."""
         with self._changed:
             self._closing = True
         for link in self._links.values():
@@ -158,11 +186,19 @@ class Ranks:
                 link.send(("close", ()))
             except OSError:
                 pass
+
+    def close(self) -> None:
+        """Leave the process group together with the others, and see them end."""
+        if not self._closing:
+            self.say_goodbye()
+        leave_group(self.lost)
+        deadline = time.monotonic() + _GOODBYE_SECONDS
         for process in self._processes:
             try:
-                process.wait(_GOODBYE_SECONDS)
+                process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait()
         for link in self._links.values():
             link.close()
 
@@ -254,6 +290,21 @@ class Link:
             raise EOFError from error
         return command, arguments
 
+    def told(self, command: str) -> Any:
+        """The argument of this command, which is the next. Raises EOFError when rank 0 is gone, or
+        could not load."""
+        got, arguments = self.receive()
+        if got != command:
+            raise EOFError
+        (argument,) = arguments
+        return argument
+
+    def agree(self, what: str, failure: str | None) -> str | None:
+        """See fast_steps.Agree."""
+        self.tell(what, failure)
+        against: str | None = self.told(what)
+        return against
+
     def close(self) -> None:
         """Rank 0 said goodbye, and may go."""
         self._closed.set()
@@ -302,15 +353,16 @@ def refuse_another_model() -> None:
 
 def process_group(store: TCPStore, rank: int, size: int, device: torch.device) -> dist.ProcessGroup:
     """Where the ranks' results meet; returns when all are there."""
-    on_gpu = device.type == "cuda"
+    # NCCL refuses two ranks on one GPU
+    by_nccl = device.type == "cuda" and torch.cuda.device_count() >= size
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else by the host's name, which may be none
     dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
+        "nccl" if by_nccl else "gloo",
         store=PrefixStore("group", store),
         rank=rank,
         world_size=size,
         timeout=timedelta(seconds=_START_SECONDS),
-        device_id=device if on_gpu else None,
+        device_id=device if by_nccl else None,
     )
     group = dist.group.WORLD
     assert group is not None
@@ -329,7 +381,11 @@ def decode_on_all(
     return engine.decode(n, tokens, positions)
 
 
-def leave_group(lost: str | None) -> None:
-    """Let this process join another one later. NCCL may wait for ever for a rank that is lost."""
-    if dist.is_initialized() and (lost is None or dist.get_backend() == "gloo"):
-        dist.destroy_process_group()
+def leave_group(lost: str | None = None) -> None:
+    """Let this process join another one later. All ranks leave at the same time: in NCCL each waits
+    for the others, and not to the end of days here. For one that is lost nobody waits."""
+    if not dist.is_initialized() or (lost is not None and dist.get_backend() != "gloo"):
+        return
+    leaving = threading.Thread(target=dist.destroy_process_group, name="leaving", daemon=True)
+    leaving.start()
+    leaving.join(_GOODBYE_SECONDS)

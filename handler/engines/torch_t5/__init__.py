@@ -15,6 +15,7 @@ from handler.machine import gpu_is_there
 from handler.ranks import World, meeting_place
 
 if TYPE_CHECKING:
+    import torch
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     from handler.engines.torch_ranks.engine import TensorParallelEngine
@@ -47,21 +48,25 @@ def load(folder: Path, c: Configuration) -> TorchT5StepEngine | TensorParallelEn
     return _load_together(folder, c, store, ranks)
 
 
-def lead(folder: Path, c: Configuration, world: World) -> TensorParallelEngine:
-    """The engine of MPI rank 0. Raises LoadError."""
+def lead(
+    folder: Path, c: Configuration, world: World, device: torch.device | None = None
+) -> TensorParallelEngine:
+    """The engine of MPI rank 0. device: see load_part. Raises LoadError."""
     _check_ranks(folder, c, world)
     from handler.engines.torch_ranks.ranks import Ranks
 
-    return _load_together(folder, c, meeting_place(world), Ranks(world.size))
+    return _load_together(folder, c, meeting_place(world), Ranks(world.size), device)
 
 
-def follow(folder: Path, c: Configuration, world: World) -> Follower:
-    """What an MPI rank > 0 has of the engine. Raises LoadError."""
+def follow(
+    folder: Path, c: Configuration, world: World, device: torch.device | None = None
+) -> Follower:
+    """What an MPI rank > 0 has of the engine. device: see load_part. Raises LoadError."""
     _check_ranks(folder, c, world)
     from handler.engines.torch_ranks.rank import Follower
 
     try:
-        return Follower(folder, c, world.rank, world.size, meeting_place(world))
+        return Follower(folder, c, world.rank, world.size, meeting_place(world), device)
     except EOFError:
         raise LoadError(f"rank 0 of {world.size} is gone, its log says why") from None
 
@@ -78,29 +83,36 @@ def _check_ranks(folder: Path, c: Configuration, world: World) -> None:
 
 
 def _load_together(
-    folder: Path, c: Configuration, store: TCPStore, ranks: Ranks
+    folder: Path,
+    c: Configuration,
+    store: TCPStore,
+    ranks: Ranks,
+    device: torch.device | None = None,
 ) -> TensorParallelEngine:
     """Rank 0's part of the model, and the others' when they have theirs."""
     from handler.engines.torch_ranks.engine import TensorParallelEngine
-    from handler.engines.torch_ranks.ranks import leave_group, process_group
+    from handler.engines.torch_ranks.ranks import process_group
     from handler.engines.torch_t5.part import load_part
 
     try:
         ranks.meet(store)
-        part = load_part(folder, c, 0, ranks.size)
+        part = load_part(folder, c, 0, ranks.size, device)
         rows = min(part.rows, *ranks.all_told("loaded"))
         ranks.send("join", rows)
-        part.join(process_group(store, 0, ranks.size, part.device))
-        engine = TensorParallelEngine(part.engine(rows), ranks)
-        ranks.all_told("ready")
+        with ranks.ending_if_stuck():
+            part.join(process_group(store, 0, ranks.size, part.device))
+            engine = TensorParallelEngine(part.engine(rows, ranks.agree), ranks)
+            ranks.all_told("ready")
         ranks.serve()
         return engine
     except BaseException as error:
+        # what fails here may be that another rank did: then that is the reason
+        failed = isinstance(error, Exception) and not isinstance(error, LoadError)
+        reason = ranks.blame(error) if failed else None
         ranks.close()
-        leave_group(ranks.lost)
-        if isinstance(error, LoadError) or ranks.lost is None:
+        if reason is None:
             raise
-        raise LoadError(ranks.lost) from error
+        raise LoadError(reason) from error
 
 
 def _degree(c: Configuration) -> int:

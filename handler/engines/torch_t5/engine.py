@@ -68,6 +68,7 @@ class TorchT5StepEngine:
         self._decoder_bias = _by_distance(decoder, a, max_output_tokens, False).to(dtype)
         self._decoder_bias[..., max_output_tokens:] = -torch.inf  # keys ahead of the token
         self.has_kernels = False
+        self._take_out_kernels: Callable[[], None] = _nothing
         self._graphs: CudaGraphs | None = None
 
     @property
@@ -81,8 +82,8 @@ class TorchT5StepEngine:
         self.runs_ahead = True
 
     def use_kernels(self) -> None:
-        """Decode with the kernels from now on. All ranks of a model call it together. Where it
-        raises, which may be anything that Triton and CUDA do, decoding goes on without them."""
+        """Decode with the kernels from now on. Where it raises, which may be anything that Triton
+        and CUDA do, decoding goes on without them. Of several ranks see fast_steps.py."""
         from handler.engines.torch_t5.kernels import fuse
 
         self._use_device()
@@ -93,12 +94,23 @@ class TorchT5StepEngine:
         except BaseException:
             take_out()
             raise
-        self.has_kernels = True
+        self.has_kernels, self._take_out_kernels = True, take_out
+
+    def use_no_kernels(self) -> None:
+        """Decode without them again."""
+        self._take_out_kernels()
+        self.has_kernels, self._take_out_kernels = False, _nothing
 
     def use_graphs(self, capture: Capture | None = None) -> None:
         """Run the kernels as CUDA graphs from now on. See use_kernels, which comes before."""
         self._use_device()
         self._graphs = CudaGraphs(self._step, self.max_rows, self._device, capture)
+
+    def use_no_graphs(self) -> None:
+        """Run the kernels one by one again."""
+        self._graphs = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def encode(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[EncodedPrompt] | None]:
         """Encode together, yielding None after each layer and the prompts at the end."""
@@ -204,6 +216,10 @@ class TorchT5StepEngine:
         """Triton launches on the current device, which each thread has its own."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
+
+
+def _nothing() -> None:
+    """There are no kernels to take out."""
 
 
 def _by_distance(tables: Tensor, a: T5Architecture, longest: int, bidirectional: bool) -> Tensor:

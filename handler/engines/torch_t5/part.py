@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 
 from handler.checkpoints.architecture import T5Architecture
 from handler.checkpoints.find import model_config
@@ -16,6 +16,7 @@ from handler.checkpoints.partitioned import read_partition
 from handler.checkpoints.read import CheckpointWeights
 from handler.config import MAX_ROWS_ON_CPU, MAX_ROWS_ON_GPU, Configuration
 from handler.engines.torch_t5.engine import TorchT5StepEngine
+from handler.engines.torch_t5.fast_steps import Agree, speed_up
 from handler.engines.torch_t5.kv_cache import RowCache
 from handler.engines.torch_t5.loading import CheckpointParts, Parts, RankFileParts, load_model
 from handler.engines.torch_t5.model import T5
@@ -23,9 +24,6 @@ from handler.engines.torch_t5.tensor_parallel import join_ranks, part_of
 from handler.errors import LoadError
 from handler.machine import available_memory, gpu_is_there, return_freed_memory, usable_cpus
 from handler.tokenizer import Tokenizer, load_tokenizer
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 logger = logging.getLogger(__name__)
 
@@ -48,14 +46,16 @@ class LoadedPart:
     rows: int
     configuration: Configuration
 
-    def join(self, group: ProcessGroup) -> None:
+    def join(self, group: dist.ProcessGroup) -> None:
         join_ranks(self.model, self.whole.vocab_size, group)
 
-    def engine(self, rows: int) -> TorchT5StepEngine:
-        """As fast as the device lets it be."""
+    def engine(self, rows: int, agree: Agree | None = None) -> TorchT5StepEngine:
+        """As fast as the device lets it be. agree: of ranks that have joined. See fast_steps.py."""
         engine = self.plain_engine(rows)
         if self.device.type == "cuda":
-            _speed_up(engine)
+            # gloo brings the ranks' results together on the host, which no CUDA graph can hold
+            graphs = agree is None or dist.get_backend() == "nccl"
+            speed_up(engine, self.model, agree, graphs=graphs)
         return engine
 
     def plain_engine(self, rows: int) -> TorchT5StepEngine:
@@ -76,19 +76,16 @@ class LoadedPart:
         return replace(self, rows=_rows(self))
 
 
-def _speed_up(engine: TorchT5StepEngine) -> None:
-    """What only GPUs have. Without it they answer the same, later."""
-    try:
-        engine.use_kernels()
-        engine.use_graphs()
-    except Exception as error:  # Triton's compiler, the driver, too little memory
-        without = "CUDA graphs" if engine.has_kernels else "kernels and CUDA graphs"
-        logger.warning("decoding is slower than it could be, without %s: %r", without, error)
-
-
-def load_part(folder: Path, c: Configuration, rank: int = 0, degree: int = 1) -> LoadedPart:
-    """One rank's part of the checkpoint in ``folder``. Raises LoadError."""
-    device = _device(c, rank)
+def load_part(
+    folder: Path,
+    c: Configuration,
+    rank: int = 0,
+    degree: int = 1,
+    device: torch.device | None = None,
+) -> LoadedPart:
+    """One rank's part of the checkpoint in ``folder``. device: where it goes, if not to the rank's
+    own. Raises LoadError."""
+    device = device or _device(c, rank)
     if device.type == "cpu":
         torch.set_num_threads(c.threads or max(1, usable_cpus() // degree))
     whole = T5Architecture.from_config(model_config(folder))

@@ -7,6 +7,8 @@ ordinary one of a smaller architecture; what is added here is where the ranks' r
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -43,47 +45,73 @@ def join_ranks(model: T5, vocab_size: int, group: dist.ProcessGroup) -> None:
     model.lm_head = SplitHead(model.lm_head, vocab_size, group)
 
 
-class Summed(nn.Module):
+@contextmanager
+def apart(model: T5) -> Iterator[None]:
+    """Let this rank's model compute by itself meanwhile: all of its own work, for nothing."""
+    meetings = [module for module in model.modules() if isinstance(module, _Meeting)]
+    for meeting in meetings:
+        meeting.is_apart = True
+    try:
+        yield
+    finally:
+        for meeting in meetings:
+            meeting.is_apart = False
+
+
+class _Meeting(nn.Module):
+    """Where the ranks' results come together."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.is_apart = False
+        self._group, self._size = group, dist.get_world_size(group)
+
+    def _sum(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        if not self.is_apart:
+            dist.all_reduce(x, group=self._group)
+        return x
+
+    def _all(self, x: Tensor) -> list[Tensor]:
+        if self.is_apart:
+            return [x] * self._size
+        parts = [torch.empty_like(x) for _ in range(self._size)]
+        dist.all_gather(parts, x, group=self._group)
+        return parts
+
+
+class Summed(_Meeting):
     """A product of a part of the inputs: the ranks' results are added up."""
 
     def __init__(self, product: nn.Module, group: dist.ProcessGroup) -> None:
-        super().__init__()
-        self.product, self._group = product, group
+        super().__init__(group)
+        self.product = product
 
     def forward(self, x: Tensor) -> Tensor:
-        return _sum(self.product(x), self._group)
+        return self._sum(self.product(x))
 
 
-class SplitEmbedding(nn.Module):
+class SplitEmbedding(_Meeting):
     """Each rank looks up the ids that are in its part of the vocabulary."""
 
     def __init__(self, table: Tensor, group: dist.ProcessGroup) -> None:
-        super().__init__()
-        self.weight, self._group = table, group
+        super().__init__(group)
+        self.weight = table
         self._first = dist.get_rank(group) * len(table)
 
     def forward(self, ids: Tensor) -> Tensor:
         places = ids - self._first
         is_here = (places >= 0) & (places < len(self.weight))
         rows = F.embedding(places * is_here, self.weight) * is_here[..., None]
-        return _sum(rows, self._group)
+        return self._sum(rows)
 
 
-class SplitHead(nn.Module):
+class SplitHead(_Meeting):
     """Logits of the whole vocabulary, on every rank."""
 
     def __init__(self, product: nn.Module, vocab_size: int, group: dist.ProcessGroup) -> None:
-        super().__init__()
-        self.product, self._vocab_size, self._group = product, vocab_size, group
+        super().__init__(group)
+        self.product, self._vocab_size = product, vocab_size
 
     def forward(self, x: Tensor) -> Tensor:
-        own = self.product(x)
-        parts = [torch.empty_like(own) for _ in range(dist.get_world_size(self._group))]
-        dist.all_gather(parts, own, group=self._group)
-        return torch.cat(parts, dim=-1)[..., : self._vocab_size]
-
-
-def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    x = x.contiguous()
-    dist.all_reduce(x, group=group)
-    return x
+        return torch.cat(self._all(self.product(x)), dim=-1)[..., : self._vocab_size]

@@ -5,10 +5,10 @@ from disk but a vocabulary: weights are made on the device, in the shapes of FLA
 
 ms a step: a whole greedy generation of B texts (64 tokens in, 128 out: encoder, scheduler, sampling
 and all) divided by the tokens out; median of the runs. decode ms: one decoding step of the engine
-alone. of limit: the time that reading the decoder's weights (the head's among them) once takes at
-the bandwidth that is measured here, divided by decode ms. requests/s: 128 clients at once, 16 to
-512 tokens in, 4 to 128 out; transformers in batches of 32 as they come, which end with their
-longest. x ours: how many times as fast ours is.
+alone, as one follows another. of limit: the time that reading the decoder's weights (the head's
+among them) once takes at the bandwidth that is measured here, divided by decode ms. requests/s: 128
+clients at once, 16 to 512 tokens in, 4 to 128 out; transformers in batches of 32 as they come, that
+end with their longest. x ours: how many times as fast ours is.
 
 After that, the demo's texts in TP 2 on this one device beside those in TP 1: see gpu_ranks.py.
 
@@ -31,6 +31,7 @@ import torch
 from gpu_peers import PEERS, MakePeer, Peer
 from gpu_ranks import compare_ranks
 from machine import describe, print_description
+from plot import write_bars
 from random_model import FIRST_WORD, SHAPES, TOKENS, checkpoint, config_of
 from report import print_table, ratio, write_json
 from torch import Tensor
@@ -89,6 +90,9 @@ def main() -> None:
     ranks = [compare_ranks(device, dtype) for dtype in dtypes]
     figures = {"machine": machine, "device": name, "measured": measured, "ranks": ranks}
     write_json(a.json, figures)
+    if a.plot:
+        title = f"ms a step in {a.dtype}, {_TOKENS_IN} tokens in, {_TOKENS_OUT} out: {name}"
+        write_bars(a.plot, title, _bars(measured, a.batch))
 
 
 def _arguments() -> argparse.Namespace:
@@ -104,7 +108,22 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--no-ranks", action="store_true", help="leave TP 2 out")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw ms a step there, as SVG")
     return parser.parse_args()
+
+
+def _bars(
+    measured: Sequence[dict[str, Any]], batches: Sequence[int]
+) -> dict[str, dict[str, float]]:
+    """Of each shape and batch: ms by engine, and the memory limit's."""
+    return {
+        f"{one['shape']}, B={batch}": {
+            **{name: times[batch] for name, times in one["ms"].items()},
+            "memory limit": one["limit_ms"],
+        }
+        for one in measured
+        for batch in batches
+    }
 
 
 def _measure(
@@ -114,7 +133,7 @@ def _measure(
     dtype = _DTYPES[a.dtype]
     ours, engine = _ours(architecture, dtype, device)
     limit = 1e3 * _decoder_bytes(architecture, dtype) / bandwidth
-    decode = {batch: _decode_ms(engine, batch, device) for batch in a.batch}
+    decode = {batch: _decode_ms(engine, batch, device, a.runs) for batch in a.batch}
     times = {"ours": {b: _generation_ms(lambda n: _run_ours(ours, n), b, a.runs) for b in a.batch}}
     rates = {"ours": _clients(ours, a.requests)} if a.requests else {}
     ours.close()
@@ -180,19 +199,20 @@ def _bandwidth(device: torch.device) -> float:
     return 2 * size / seconds
 
 
-def _decode_ms(engine: TorchT5StepEngine, batch: int, device: torch.device) -> float:
+def _decode_ms(engine: TorchT5StepEngine, batch: int, device: torch.device, runs: int) -> float:
     *_, handles = engine.encode(_ids(batch))
     assert handles is not None
     for row, handle in enumerate(handles):
         engine.attach(handle, row)
     tokens = np.full((batch, 1), FIRST_WORD)
-    for k in range(8):
-        engine.decode(batch, tokens, np.full(batch, k))
-    steps = [
-        _timed(lambda k=k: engine.decode(batch, tokens, np.full(batch, k)), device)  # type: ignore[misc]
-        for k in range(8, _TOKENS_OUT)
-    ]
-    return 1e3 * statistics.median(steps)
+
+    def steps() -> None:
+        """As in service, where the next one is begun before one is done."""
+        for k in range(_TOKENS_OUT):
+            engine.decode(batch, tokens, np.full(batch, k))
+
+    seconds = [_timed(steps, device) for _ in range(runs + 1)][1:]
+    return 1e3 * statistics.median(seconds) / _TOKENS_OUT
 
 
 def _timed(work: Callable[[], Any], device: torch.device) -> float:

@@ -59,7 +59,7 @@ class Follower(Protocol):
     def engine(self) -> Engine: ...
 
     def run(self) -> None:
-        """Raises EOFError when rank 0 is gone."""
+        """Closes the engine at the end. Raises EOFError when rank 0 is gone."""
 
 
 class Following(Runner):
@@ -111,4 +111,4 @@ class Following(Runner):
         """Nothing is in progress."""
 
     def _free(self) -> None:
-        self._follower.engine.close()
+        """The follower has closed its engine, between what else its end needs."""

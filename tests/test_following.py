@@ -29,6 +29,7 @@ def test_every_rank_gives_rank_0s_answers(tmp_path: Path, demo: Path, model: Mod
     every = {**TORCH, "OPTION_MODEL_ID": str(demo), "OPTION_USE_PASSIVE_WORKERS": "false"}
     with job_of(2, tmp_path, CALLS, **every) as job:
         assert job.wait() == 0, job.log
+        assert "Traceback" not in job.log, job.log
         first, second = job.answers()
     assert first == second
     assert first[0] == [{"outputs": model.pipeline_generate(PROMPTS)}]

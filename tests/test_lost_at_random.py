@@ -30,10 +30,10 @@ TWO_RANKS = ["--option", "tensor_parallel_degree=2", "--option", "max_rows=16"]
 
 @contextmanager
 def two_ranks(
-    status: int = 0, python: str = sys.executable
+    status: int = 0, python: str = sys.executable, log: list[str] | None = None
 ) -> Iterator[tuple[httpx.Client, subprocess.Popen[str], psutil.Process]]:
     """A server, its process, and its other rank."""
-    with serving(*TWO_RANKS, status=status, python=python) as (client, server):
+    with serving(*TWO_RANKS, status=status, python=python, log=log) as (client, server):
         (rank,) = ranks_of(server.pid)
         yield client, server, rank
     assert are_gone([server.pid, rank.pid])
@@ -123,5 +123,7 @@ def test_a_host_whose_name_is_not_known(tmp_path: Path) -> None:
         pytest.skip("unshare --uts is not allowed here")
     look_up = "import socket; socket.gethostbyname(socket.gethostname())"
     assert subprocess.run([python, "-c", look_up], check=False).returncode
-    with two_ranks(python=str(python)) as (client, _, _):
+    log: list[str] = []
+    with two_ranks(python=str(python), log=log) as (client, _, _):
         assert answer_of(client) == "seven"
+    assert "hostname" not in "".join(log), "".join(log)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 import transformers
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
+from mpi import processes_with
 from oracle import Oracle
 from random_checkpoints import VARIANTS
 from step_engines import encoded, open_engine, run_ahead
@@ -43,7 +44,7 @@ LENGTH = 24
 
 
 def ranks_of_this_process() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children() if "torch_ranks.rank" in " ".join(p.cmdline())]
+    return processes_with("torch_ranks.rank")
 
 
 @contextmanager

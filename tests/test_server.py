@@ -277,7 +277,7 @@ def _different_requests() -> list[dict[str, Any]]:
 
 
 def test_a_short_request_returns_before_long_ones() -> None:
-    with serving("--option=max_output_tokens=3000") as (server, _):
+    with serving("--option=max_output_tokens=1500") as (server, _):
         finished = asyncio.run(_short_behind_long(str(server.base_url)))
     assert finished == ["short", "long", "long", "long"]
 
@@ -293,7 +293,7 @@ async def _short_behind_long(url: str) -> list[str]:
         finished.append(name)
 
     async with httpx.AsyncClient(base_url=url, timeout=WAIT) as client:
-        tokens = {"ignore_eos_token": True, "max_new_tokens": 3000}
+        tokens = {"ignore_eos_token": True, "max_new_tokens": 1500}
         long = [asyncio.create_task(send(client, "long", **tokens)) for _ in range(3)]
         while _running(await client.get("/metrics")) < len(long):
             assert not finished
@@ -517,7 +517,7 @@ def test_log_prompts_writes_prompts_and_answers(configured: Configured) -> None:
 
 def test_sigterm_finishes_and_answers_what_was_accepted_then_exits_0() -> None:
     log: list[str] = []
-    request = {"inputs": PROMPT, "parameters": {"ignore_eos_token": True, "max_new_tokens": 300}}
+    request = {"inputs": PROMPT, "parameters": {"ignore_eos_token": True, "max_new_tokens": 120}}
     with serving(*ENDLESS_OPTIONS, log=log) as (client, process), ThreadPoolExecutor() as threads:
         asked = [threads.submit(client.post, "/invocations", json=request) for _ in range(2)]
         until(lambda: metric(client, "handler_prompts_waiting") == 1)

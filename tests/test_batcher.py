@@ -18,7 +18,7 @@ from handler.ranks import World
 from handler.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
-WAIT = 10
+WAIT = 60
 
 
 class OutOfMemoryError(RuntimeError):

@@ -19,7 +19,7 @@ from handler.engines import Model
 from handler.errors import LoadError
 
 PROMPTS = ["Write 7 in words.", "Sort these words: warm, cat, apple"]
-WAIT = 60
+WAIT = 120
 
 
 def run(

@@ -33,7 +33,7 @@ ENDLESS_REQUEST = {
     "inputs": "x",
     "parameters": {"ignore_eos_token": True, "max_new_tokens": ENDLESS},
 }
-WAIT = 60
+WAIT = 120
 ENDLESS_OPTIONS = [
     "--option=backend=transformers",
     f"--option=max_output_tokens={ENDLESS}",
@@ -113,6 +113,7 @@ def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + WAIT
     while not condition():
         assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Tests wait for processes more than they compute: three workers for two CPUs.
 WORKERS ?= $(shell $(PYTHON) -c "import os; print((os.cpu_count() or 1) * 3 // 2)")
 
+# Where it is set, every process that a test starts compiles the package again.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: serve test test-long lint bench help clean
 
 help:  ## this text

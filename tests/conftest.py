@@ -143,7 +143,7 @@ def serving(
     try:
         url = address.get(timeout=_START_SECONDS)
         assert url is not None, "the server did not start:\n" + "".join(log)
-        with httpx.Client(base_url=url, timeout=60) as client:
+        with httpx.Client(base_url=url, timeout=120) as client:
             yield client, process
     finally:
         process.send_signal(signal.SIGTERM)

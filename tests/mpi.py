@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,8 @@ class Job:
     def pids_after_an_answer(self) -> list[int]:
         """The ranks, as soon as each of them has answered a call."""
         wait_for(self.folder / f"answers.{self.size - 1}", self)
-        children = psutil.Process(self.mpirun.pid).children(recursive=True)
-        ranks = {c.environ()["OMPI_COMM_WORLD_RANK"]: c.pid for c in children if is_rank(c)}
+        started = processes_with(str(RANK), self.mpirun.pid)
+        ranks = {p.environ()["OMPI_COMM_WORLD_RANK"]: p.pid for p in started}
         return [ranks[str(rank)] for rank in range(self.size)]
 
     @property
@@ -77,8 +78,17 @@ class Job:
         return self.folder / "gate"
 
 
-def is_rank(process: psutil.Process) -> bool:
-    return str(RANK) in process.cmdline()
+def processes_with(words: str, started_by: int | None = None) -> list[psutil.Process]:
+    """What that process, or this one, and its children have started, with these words in the
+    command."""
+    found = []
+    for process in psutil.Process(started_by).children(recursive=True):
+        try:
+            if words in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:  # it has ended since
+            pass
+    return found
 
 
 def wait_for(file: Path, job: Job) -> Path:
@@ -91,15 +101,29 @@ def wait_for(file: Path, job: Job) -> Path:
 
 
 def are_gone(pids: list[int]) -> bool:
-    processes = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    """Or zombies, for which somebody else must wait; within some time."""
+    processes = []
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            processes.append(psutil.Process(pid))
     _, alive = psutil.wait_procs(processes, timeout=WAIT)
-    return not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+    return all(map(is_zombie, alive))
+
+
+def is_zombie(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])
+    """None that the system gives to a connection before the job's rank 0 listens at it."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 30_000)
+        with socket.socket() as listening, suppress(OSError):
+            listening.bind(("127.0.0.1", port))
+            return port
 
 
 @contextmanager

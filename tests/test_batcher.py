@@ -18,7 +18,7 @@ from handler.ranks import World
 from handler.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
-WAIT = 10
+WAIT = 60
 
 
 class OutOfMemoryError(RuntimeError):
@@ -203,10 +203,10 @@ def test_closing_finishes_what_runs_and_fails_what_waits() -> None:
     batcher.submit([waiting])
     closing = threading.Thread(target=batcher.close)
     closing.start()
+    error = waiting.future.exception(WAIT)  # else it could be taken before
     engine.gate.release()
     closing.join(WAIT)
     assert running.future.result(0).text == "first"
-    error = waiting.future.exception(0)
     assert isinstance(error, RequestError)
     assert error.code == 503
     with pytest.raises(RequestError, match="being unloaded"):

@@ -27,12 +27,14 @@ from handler.tokenizer import ByteTokenizer
 EOS = 1
 PROMPTS = ["Write 4312 in words.", "a b c", "Sort these words: pony, apple, golden, key"]
 LENGTH = 20
-SETTINGS = [
+EVERY_SETTING = [
     {"num_beams": beams, "length_penalty": penalty, "early_stopping": early}
     for beams, penalty, early in itertools.product(
         (2, 4, 8), (-1.0, 0.0, 1.0, 2.0), (True, False, "never")
     )
 ]
+# in each of them several times every number of beams, every penalty, every way to stop
+SETTINGS = [EVERY_SETTING[place::5] for place in range(5)]
 
 
 def request(prompt: str, **parameters: Any) -> GenerationRequest:
@@ -58,10 +60,17 @@ def best(oracle: Oracle, prompt: str, count: int, **arguments: Any) -> list[tupl
     return [tuple(one[: one.index(EOS) + 1] if EOS in one else one) for one in ids]
 
 
-def test_every_setting_alone_and_mixed_in_one_batch(pair: tuple[Model, Oracle]) -> None:
+@pytest.mark.parametrize(
+    "several",
+    [SETTINGS[0], *(pytest.param(some, marks=pytest.mark.long) for some in SETTINGS[1:])],
+    ids=list("01234"),
+)
+def test_every_setting_alone_and_mixed_in_one_batch(
+    pair: tuple[Model, Oracle], several: list[dict[str, Any]]
+) -> None:
     """All of them run beside each other, and beside greedy ones; none is alone in its batch."""
     model, oracle = pair
-    wanted = [(PROMPTS[i % len(PROMPTS)], each) for i, each in enumerate(SETTINGS)]
+    wanted = [(PROMPTS[i % len(PROMPTS)], each) for i, each in enumerate(several)]
     requests = [
         request(prompt, num_return_sequences=each["num_beams"] // 2, **each)
         for prompt, each in wanted

@@ -138,6 +138,6 @@ def test_nothing_is_asked_of_the_hub_for_a_folder(tmp_path: Path) -> None:
         "print(find_checkpoint(Configuration(model_id=sys.argv[1])))"
     )
     found = subprocess.run(
-        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=120
     )
     assert found.stdout.strip() == str(folder), found.stderr

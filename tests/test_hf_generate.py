@@ -65,7 +65,17 @@ def open_case(folder: Path, **options: Any) -> Iterator[Case]:
     model.close()
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+# The network is transformers' own: two of the family stand for all in `make test`.
+_USUAL_VARIANTS = ("t5-v1.0", "byt5")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(variant, marks=[] if variant in _USUAL_VARIANTS else pytest.mark.long)
+        for variant in VARIANTS
+    ],
+)
 def case(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, demo: Path
 ) -> Iterator[Case]:
@@ -197,7 +207,10 @@ def test_requests_of_different_parameters_in_one_call(flan: Case) -> None:
         {"num_beams": 4, "length_penalty": 3.0},
         {"ignore_eos_token": True},
     ]
-    requests = [GenerationRequest(p, parse_parameters(s)) for p, s in zip(PROMPTS, sent)]
+    requests = [
+        GenerationRequest(prompt, parse_parameters({"max_new_tokens": 2 * LENGTH, **parameters}))
+        for prompt, parameters in zip(PROMPTS, sent)
+    ]
     alone = [flan.model.generate([request])[0] for request in requests]
     together = flan.model.generate(requests)
     assert [r.token_ids for r in together] == [r.token_ids for r in alone]
@@ -237,9 +250,13 @@ def test_scores_are_read_in_parts_where_they_are_many(
 
 def test_a_seed_decides_alone_what_is_drawn(flan: Case) -> None:
     sent = [{"temperature": 1.5, "seed": seed} for seed in range(len(PROMPTS))]
-    requests = [GenerationRequest(p, parse_parameters(s)) for p, s in zip(PROMPTS, sent)]
+    length = {"max_new_tokens": 2 * LENGTH}
+    requests = [
+        GenerationRequest(prompt, parse_parameters({**length, **parameters}))
+        for prompt, parameters in zip(PROMPTS, sent)
+    ]
     alone = [flan.model.generate([request])[0] for request in requests]
-    greedy = [GenerationRequest(p) for p in PROMPTS]
+    greedy = [GenerationRequest(prompt, parse_parameters(length)) for prompt in PROMPTS]
     beside = flan.model.generate([*greedy, *reversed(requests), *greedy])
     assert beside[len(greedy) : -len(greedy)] == alone[::-1]
 

@@ -167,7 +167,7 @@ def _run_find(
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
 
 

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from handler.engines import Model, init_inference
+from handler.engines.onnx_t5.engine import OnnxT5StepEngine
 from handler.errors import LoadError, RequestError
 from handler.generation import GenerationRequest, GenerationResult, TokenEvent
 from handler.parameter_limits import ParameterLimits
@@ -349,19 +350,31 @@ def test_a_full_queue(patient: Model) -> None:
     assert [type(future.result(WAIT)) for future in waiting] == [GenerationResult] * 2
 
 
-def test_closing_finishes_what_runs_and_refuses_the_rest(demo: Path) -> None:
+def test_closing_finishes_what_runs_and_refuses_the_rest(
+    demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = init_inference(str(demo), max_rows=1)
+    begun, closed = threading.Event(), threading.Event()
+    decode = OnnxT5StepEngine.decode
+
+    def decode_then(*arguments: Any) -> Any:
+        begun.set()
+        assert closed.wait(WAIT)
+        return decode(*arguments)
+
+    monkeypatch.setattr(OnnxT5StepEngine, "decode", decode_then)
     stream = model.stream_generate(request_of("x", ignore_eos_token=True, max_new_tokens=512))
-    first = next(stream)
+    assert begun.wait(WAIT)
     (waiting,) = model.submit([request_of("x")])
     closing = threading.Thread(target=model.close)
     closing.start()
-    events = [first, *stream]
+    refused = waiting.exception(WAIT)
+    closed.set()
+    events = list(stream)
     closing.join(WAIT)
     assert not closing.is_alive()
     assert events[-1].result is not None
     assert len(events) == 512
-    refused = waiting.exception(timeout=0)
     assert isinstance(refused, RequestError)
     assert refused.code == 503
 

@@ -16,16 +16,21 @@ from conftest import ROOT, serving
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The interpreter of a fresh virtual environment with the package and its base needs."""
     folder = tmp_path_factory.mktemp("venv")
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     interpreter = folder / "bin" / "python"
-    pip = [interpreter, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
-    subprocess.run([*pip, "-e", ROOT], check=True)
+    subprocess.run([*pip(interpreter), "install", "-q", "--no-compile", "-e", ROOT], check=True)
     return interpreter
+
+
+def pip(interpreter: Path) -> list[str | Path]:
+    """This environment's, on that one."""
+    of_ours = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    return [*of_ours, "--python", interpreter]
 
 
 def test_has_no_torch_and_serves(python: Path) -> None:
     listed = subprocess.run(
-        [python, "-m", "pip", "list", "--format", "json"], check=True, capture_output=True
+        [*pip(python), "list", "--format", "json"], check=True, capture_output=True
     ).stdout
     names = {package["name"].lower() for package in json.loads(listed)}
     assert not names & {"torch", "transformers", "accelerate"}

@@ -19,7 +19,7 @@ import httpx
 import psutil
 import pytest
 from conftest import ROOT, serving
-from mpi import are_gone
+from mpi import are_gone, processes_with
 
 from handler.checkpoints.partition import partition
 from handler.config import configuration_of
@@ -36,8 +36,7 @@ START = 180
 
 
 def ranks_of(pid: int | None = None) -> list[psutil.Process]:
-    children = psutil.Process(pid).children(recursive=True)
-    return [p for p in children if "handler.engines.torch_ranks.rank" in p.cmdline()]
+    return processes_with("handler.engines.torch_ranks.rank", pid)
 
 
 def wait_until(condition: Callable[[], object], seconds: float = START) -> None:

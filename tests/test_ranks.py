@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from mpi import are_gone, job_of
+from mpi import are_gone, free_port, job_of
 
+from handler.checkpoints.architecture import T5Architecture
+from handler.checkpoints.find import model_config
+from handler.config import configuration_of
+from handler.engines.fastertransformer_loading import degrees
+from handler.errors import LoadError
 from handler.ranks import World, agreed_seed, world_of
 
 PROMPTS = [f"Write {number} in words." for number in (7, 48, 1999)]
@@ -29,6 +35,13 @@ def test_what_mpirun_says() -> None:
     assert world_of(told) == World(2, 4, by_mpirun=True)
 
 
+def test_as_many_ranks_as_the_degrees_ask_for(demo: Path) -> None:
+    configuration = configuration_of(str(demo), tensor_parallel_degree=3)
+    architecture = T5Architecture.from_config(model_config(demo))
+    with pytest.raises(LoadError, match=r"=3 x .*=1 needs 3 MPI ranks, mpirun started 2"):
+        degrees(configuration, architecture, World(0, 2), uses_triton=False, ready_made=False)
+
+
 # Everything whose order, timing or chance could make ranks differ.
 CALLS = [
     [body(PROMPTS, temperature=2.0, max_tokens=9)],
@@ -45,23 +58,39 @@ CALLS = [
 
 def test_ranks_make_the_same_calls_and_answer_the_same(tmp_path: Path, demo: Path) -> None:
     """A timeout that passes in each of them, here or there, does not part them."""
+    options = {
+        "OPTION_MAX_ROWS": "4",
+        "OPTION_REQUEST_TIMEOUT": "0.001",
+        "OPTION_MAX_QUEUE": "50",
+    }
+    with job_of(2, tmp_path, CALLS, OPTION_MODEL_ID=str(demo), **options) as job:
+        assert job.wait() == 0, job.log
+        first, second = job.answers()
+        assert first == second
+        assert job.calls(0) == job.calls(1)
+    codes = [[answer.get("code", 200) for answer in answers] for answers in first]
+    assert codes == [[200], [200, 200, 400, 400], [200, 200, 200, 200], [400, 400]]
+
+
+def test_ranks_agree_on_a_seed_that_is_another_one_each_time() -> None:
+    found = []
+    for _ in range(2):
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        with ThreadPoolExecutor(3) as ranks:
+            seeds = list(ranks.map(lambda rank: agreed_seed(World(rank, 3), place), range(3)))  # noqa: B023
+        assert len(set(seeds)) == 1
+        found += seeds
+    assert len(set(found)) == 2
+
+
+@pytest.mark.long
+def test_two_jobs_draw_different_seeds(tmp_path: Path, demo: Path) -> None:
     seeds = []
-    for run, calls in (("first", CALLS), ("second", CALLS[:1])):
+    for run in ("first", "second"):
         folder = tmp_path / run
         folder.mkdir()
-        options = {
-            "OPTION_MAX_ROWS": "4",
-            "OPTION_REQUEST_TIMEOUT": "0.001",
-            "OPTION_MAX_QUEUE": "50",
-        }
-        with job_of(2, folder, calls, OPTION_MODEL_ID=str(demo), **options) as job:
+        with job_of(2, folder, CALLS[:1], OPTION_MODEL_ID=str(demo)) as job:
             assert job.wait() == 0, job.log
-            first, second = job.answers()
-            assert first == second
-            assert job.calls(0) == job.calls(1)
-        codes = [[answer.get("code", 200) for answer in answers] for answers in first]
-        expected = [[200], [200, 200, 400, 400], [200, 200, 200, 200], [400, 400]]
-        assert codes == expected[: len(calls)]
         seeds.append(job.calls(0)[1][-1]["random_seed"])
     assert seeds[0] != seeds[1]
 
@@ -69,9 +98,10 @@ def test_ranks_make_the_same_calls_and_answer_the_same(tmp_path: Path, demo: Pat
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        (
+        pytest.param(
             {"OPTION_TENSOR_PARALLEL_DEGREE": "3"},
             "option.pipeline_parallel_degree=1 needs 3 MPI ranks, mpirun started 2",
+            marks=pytest.mark.long,
         ),
         pytest.param(
             *({"OPTION_BACKEND": "onnxruntime"}, "runs in one process, mpirun started 2"),
@@ -110,7 +140,7 @@ def test_a_killed_rank_ends_the_job(tmp_path: Path, demo: Path, size: int) -> No
         assert are_gone(pids)
 
 
-@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_ranks_do_not_outlive_mpirun(tmp_path: Path, demo: Path, size: int) -> None:
     """DJLServing kills mpirun alone."""
     with job_of(size, tmp_path, CALLS, gated=True, OPTION_MODEL_ID=str(demo)) as job:

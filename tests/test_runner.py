@@ -24,7 +24,9 @@ ENDLESS = GenerationParameters(max_new_tokens=500, ignore_eos_token=True)
 BACKENDS = pytest.mark.parametrize("backend", ["onnxruntime", "transformers"])
 
 
-@BACKENDS
+@pytest.mark.parametrize(
+    "backend", ["onnxruntime", pytest.param("transformers", marks=pytest.mark.long)]
+)
 def test_python_ends_while_texts_run(demo: Path, backend: str) -> None:
     script = """
 import sys, time

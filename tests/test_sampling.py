@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -361,6 +362,13 @@ ALL = {
 def expected(engine: tuple[Model, Oracle], prompt: str, p: GenerationParameters) -> tuple[int, ...]:
     model, oracle = engine
     words = bad_word_ids(p.bad_words_list, model.tokenizer)
+    return oracle_text(oracle, prompt, p, tuple(map(tuple, words)))
+
+
+@cache  # engines and tests ask for the same ones
+def oracle_text(
+    oracle: Oracle, prompt: str, p: GenerationParameters, words: tuple[tuple[int, ...], ...]
+) -> tuple[int, ...]:
     return oracle.generate(prompt, **generate_arguments(p, words))
 
 

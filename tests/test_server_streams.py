@@ -277,13 +277,13 @@ def test_sigterm_finishes_streams() -> None:
     request = {
         "inputs": PROMPT,
         "stream": True,
-        "parameters": {"ignore_eos_token": True, "max_new_tokens": 300},
+        "parameters": {"ignore_eos_token": True, "max_new_tokens": 120},
     }
     with serving(*ENDLESS_OPTIONS) as (client, process), ThreadPoolExecutor() as threads:
         asked = threads.submit(client.post, "/invocations", json=request)
         until(lambda: metric(client, "handler_prompts_running") == 1)
         process.send_signal(signal.SIGTERM)
-        assert len(lines(asked.result(WAIT))) == 300
+        assert len(lines(asked.result(WAIT))) == 120
         assert process.wait(WAIT) == 0
 
 

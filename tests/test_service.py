@@ -22,7 +22,9 @@ from handler.responses import Reply, StreamReply
 from handler.schemas.records import JSON_LINES
 from handler.service import Service
 from handler.streaming import AsyncStream
+from handler.waiting import WaitingPrompts
 
+WAIT = 60
 GOOD = json.dumps({"inputs": "Write 7 in words."}).encode()
 
 
@@ -137,7 +139,22 @@ def test_a_long_body_does_not_hold_up_the_event_loop(service: Service) -> None:
     assert "allowed are 1024 (option.max_input_tokens)" in json.loads(refused.body)["error"]
 
 
-def test_a_cancelled_call_frees_its_rows(service: Service) -> None:
+@pytest.fixture
+def go_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Until it is set, prompts that leave the queue come no farther."""
+    go_on, take = threading.Event(), WaitingPrompts.take
+
+    def take_and_stop(*arguments: Any) -> Any:
+        taken = take(*arguments)
+        assert not taken or go_on.wait(WAIT)
+        return taken
+
+    monkeypatch.setattr(WaitingPrompts, "take", take_and_stop)
+    yield go_on
+    go_on.set()
+
+
+def test_a_cancelled_call_frees_its_rows(service: Service, go_on: threading.Event) -> None:
     async def leave() -> None:
         call = asyncio.create_task(
             service.answer_async(json.dumps({"inputs": ["x"] * 99}).encode())
@@ -146,6 +163,7 @@ def test_a_cancelled_call_frees_its_rows(service: Service) -> None:
             await asyncio.sleep(0)
         call.cancel()
         await asyncio.wait([call])
+        go_on.set()
 
     asyncio.run(leave())
     # first come, first served: after this answer nothing of the cancelled call can be left
@@ -201,13 +219,13 @@ def test_many_streams_at_once_take_no_threads(service: Service) -> None:
         answer = await service.answer_async(stream_of(prompt))
         assert isinstance(answer, StreamReply)
         pieces = [json.loads(piece) async for piece in answer.stream]
-        assert threading.active_count() == before
+        assert set(threading.enumerate()) <= before
         return "".join(piece["token"]["text"] for piece in pieces)
 
     async def all_texts() -> list[str]:
         return list(await asyncio.gather(*map(text, prompts)))
 
-    before = threading.active_count()
+    before = set(threading.enumerate())
     assert asyncio.run(all_texts()) == service.model.pipeline_generate(prompts, max_new_tokens=8)
 
 
@@ -227,7 +245,9 @@ def test_an_error_before_the_first_token_has_a_status_of_its_own(
     assert answer.status == 400
 
 
-def test_a_call_cancelled_before_the_first_token_frees_its_row(service: Service) -> None:
+def test_a_call_cancelled_before_the_first_token_frees_its_row(
+    service: Service, go_on: threading.Event
+) -> None:
     async def leave() -> None:
         calls = [
             asyncio.create_task(service.answer_async(stream_of("x", ignore_eos_token=True)))
@@ -238,6 +258,7 @@ def test_a_call_cancelled_before_the_first_token_frees_its_row(service: Service)
         for call in calls:
             call.cancel()
         await asyncio.wait(calls)
+        go_on.set()
 
     asyncio.run(leave())
     assert service.answer(GOOD).status == 200

@@ -163,7 +163,7 @@ def test_generate_gives_the_same(case: Case) -> None:
         assert case.run([prompt])[0].token_ids == expected
 
 
-@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_batches_of_any_size_give_the_same(case: Case, size: int) -> None:
     together = case.run(PROMPTS)
     apart = [
@@ -255,10 +255,11 @@ def examples() -> list[Example]:
 
 
 @BACKENDS
-def test_500_prompts_of_the_demo(
-    oracle_of: OracleOf, backend: str, examples: list[Example]
+@pytest.mark.parametrize("count", [120, pytest.param(500, marks=pytest.mark.long)])
+def test_prompts_of_the_demo(
+    oracle_of: OracleOf, backend: str, count: int, examples: list[Example]
 ) -> None:
-    prompts = [example.prompt for example in examples]
+    prompts = [example.prompt for example in examples[:count]]
     with opened(oracle_of("demo"), backend) as case:
         results = case.run(prompts, max_new_tokens=LONGEST)
         ties = sum(case.ties(prompt, result, LONGEST) for prompt, result in zip(prompts, results))

@@ -21,6 +21,7 @@ import torch.distributed as dist
 import transformers
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
+from mpi import processes_with
 from oracle import Oracle
 from random_checkpoints import VARIANTS
 from step_engines import encoded, open_engine, run_ahead
@@ -43,7 +44,7 @@ LENGTH = 24
 
 
 def ranks_of_this_process() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children() if "torch_ranks.rank" in " ".join(p.cmdline())]
+    return processes_with("torch_ranks.rank")
 
 
 @contextmanager
@@ -64,8 +65,8 @@ def answers(model: Model, prompts: Sequence[str], **parameters: Any) -> list[Gen
 
 # Equal to transformers
 
-# one start of several processes is in `make test` for each degree, all others in `make test-long`
-_QUICK = {("t5-v1.0", 2), ("umt5", 4), ("odd", 3)}
+# each start of several processes takes seconds: all others are in `make test-long`
+_QUICK = {("umt5", 2), ("odd", 3)}
 CASES = [
     pytest.param(variant, degree, marks=() if (variant, degree) in _QUICK else pytest.mark.long)
     for variant, degree in itertools.product(VARIANTS, (1, 2, 3, 4))

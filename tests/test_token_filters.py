@@ -187,7 +187,9 @@ def on_host(logits: Logits, rows: Sequence[RowSampling], steps: Sequence[int]) -
     return choose_tokens(logits, rows, steps, EOS)[0]
 
 
-@pytest.mark.parametrize("filters", FILTERS, ids=str)
+@pytest.mark.parametrize(
+    "filters", [*FILTERS[:-1], pytest.param(FILTERS[-1], marks=pytest.mark.long)], ids=str
+)
 def test_draws_follow_the_probabilities(filters: dict[str, Any]) -> None:
     assert_draws_follow(on_host, random_logits(30, spread=1.5, seed=4), filters)
 

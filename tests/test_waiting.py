@@ -15,7 +15,7 @@ from handler.tokenizer import ByteTokenizer
 from handler.waiting import WaitingPrompts
 
 TOKENIZER = ByteTokenizer()
-WAIT = 10
+WAIT = 60
 
 
 def prompts(*texts: str) -> list[Generation]:

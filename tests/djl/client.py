@@ -12,13 +12,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from djl.jars import jars_of
+from filelock import FileLock
+
+from djl.jars import SHORT_LIVED, jars_of
 
 _JAVA_CLIENT = Path(__file__).with_name("java_client.py")
 _START_SECONDS = 300
@@ -26,6 +28,8 @@ _ANSWER_SECONDS = 300
 # DJL 0.20 may miss that its worker has started (java_client.take_turns), and waits for its end.
 _START_MISSED = "Process not started, waiting for process end"
 _STARTS = {"0.20.0": 10}
+# Every Java has its ranks meet at the same port: one at a time, in whatever process of pytest.
+_MPI = FileLock(str(Path(tempfile.gettempdir(), "handler-tests-mpi.lock")))
 
 # Options that lead to sync mode; old versions have no other.
 SYNC: dict[str, dict[str, str]] = {"0.34.0": {"async_mode": "false"}, "0.25.0": {}, "0.20.0": {}}
@@ -161,7 +165,10 @@ def djl(
     while tries_left:
         tries_left -= 1
         try:
-            with _started(version, engine, model_folder, options, environment) as client:
+            with (
+                nullcontext() if engine == "Python" else _MPI,
+                _started(version, engine, model_folder, options, environment) as client,
+            ):
                 yield client
                 return
         except _StartMissed:
@@ -179,7 +186,8 @@ def _started(
 ) -> Iterator[DjlClient]:
     with tempfile.TemporaryDirectory(prefix="djl-", ignore_cleanup_errors=True) as folder:
         log = Path(folder, "log")
-        arguments = [str(jars_of(version)), engine, str(model_folder), folder, json.dumps(options)]
+        jars = str(jars_of(version))
+        arguments = [jars, engine, str(model_folder), folder, json.dumps(options), *SHORT_LIVED]
         with log.open("w") as stderr:
             process = subprocess.Popen(
                 [sys.executable, str(_JAVA_CLIENT), *arguments],

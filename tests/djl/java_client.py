@@ -2,7 +2,7 @@
 
 A process of its own, because a process can start one JVM only, and the leader of its group.
 Arguments: the folder of jars, the engine's name, the model folder, a temporary folder for DJL, and
-the engine's options as JSON.
+the engine's options as JSON, options of Java.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ Message = dict[str, Any]
 _PIECE_SECONDS = 120
 
 
-def main(jars: str, engine: str, model_folder: str, temporary_folder: str, options: str) -> None:
+def main(
+    jars: str, engine: str, model_folder: str, temporary_folder: str, options: str, *java: str
+) -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever Java prints is log
 
     if Path(jars).name == "0.20.0":
         take_turns()
     # DJL's sockets and pid files lie there; it kills the process whose pid it finds.
-    jpype.startJVM(f"-Djava.io.tmpdir={temporary_folder}", classpath=[f"{jars}/*"])
+    jpype.startJVM(*java, f"-Djava.io.tmpdir={temporary_folder}", classpath=[f"{jars}/*"])
     # Java would wait for the worker and, in async mode, start another for the one that ends.
     atexit.register(os.killpg, 0, signal.SIGKILL)
     predictor = new_predictor(engine, model_folder, json.loads(options))

@@ -10,9 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from mpi import MPI_ENVIRONMENT, are_gone
+from mpi import MPI_ENVIRONMENT, are_gone, processes_with
 
 from djl.client import Answer, DjlClient, StartDjl, ask, djl, post
 
@@ -20,11 +19,6 @@ pytestmark = pytest.mark.djl
 
 TWO = {"backend": "torch", "tensor_parallel_degree": "2"}
 START = 300
-
-
-def processes(words: str) -> list[psutil.Process]:
-    """Of this test, which DJL's Java has started."""
-    return [p for p in psutil.Process().children(recursive=True) if words in " ".join(p.cmdline())]
 
 
 def texts(answer: Answer) -> Any:
@@ -37,7 +31,7 @@ def test_a_killed_rank_fails_its_requests_and_djl_starts_the_worker_again(
 ) -> None:
     with start_djl("0.34.0", TWO) as client:
         assert texts(client.predict(ask("Write 7 in words."))) == ["seven"]
-        (rank,) = processes("handler.engines.torch_ranks.rank")
+        (rank,) = processes_with("handler.engines.torch_ranks.rank")
         rank.kill()
         assert are_gone([rank.pid])
         assert texts(answer_of_the_next_worker(client)) == ["seven"]

@@ -1,9 +1,9 @@
 """One model on several ranks, which are real processes: the answers of one process, and what is
-left of the ranks when the model is closed. See test_lost_ranks.py for how they are missed."""
+left of the ranks when the model is closed. See test_ranks_rows.py for what one such model does for
+long, test_lost_ranks.py for how ranks are missed."""
 
 from __future__ import annotations
 
-import gc
 import itertools
 import json
 import shutil
@@ -20,18 +20,14 @@ import torch
 import torch.distributed as dist
 import transformers
 from conftest import ROOT
-from hypothesis import HealthCheck, given, settings
 from mpi import processes_with
 from oracle import Oracle
 from random_checkpoints import VARIANTS
-from step_engines import encoded, open_engine, run_ahead
-from test_scheduler import Bench, play, scripts
 
 from handler.checkpoints.partition import partition
 from handler.config import configuration_of
 from handler.engines import Model, init_inference
 from handler.engines.torch_ranks import ranks
-from handler.engines.torch_ranks.engine import TensorParallelEngine
 from handler.engines.torch_ranks.ranks import process_group, start_processes
 from handler.engines.torch_t5 import part
 from handler.errors import LoadError
@@ -66,7 +62,7 @@ def answers(model: Model, prompts: Sequence[str], **parameters: Any) -> list[Gen
 # Equal to transformers
 
 # each start of several processes takes seconds: all others are in `make test-long`
-_QUICK = {("umt5", 2), ("odd", 3)}
+_QUICK = {("umt5", 4), ("odd", 3)}
 CASES = [
     pytest.param(variant, degree, marks=() if (variant, degree) in _QUICK else pytest.mark.long)
     for variant, degree in itertools.product(VARIANTS, (1, 2, 3, 4))
@@ -227,58 +223,6 @@ def test_all_ranks_leave_before_any_is_waited_for(
     assert [process.returncode for process in started] == [0]  # not killed
 
 
-# Rows that come and go
-
-
-@pytest.fixture(scope="module")
-def engine(oracle_of: OracleOf) -> Iterator[TensorParallelEngine]:
-    limits = {"max_rows": 4, "max_input_tokens": 200, "max_output_tokens": 200}
-    folder = oracle_of("flan-t5").folder
-    opened = open_engine("torch", folder, tensor_parallel_degree=2, **limits)
-    assert isinstance(opened, TensorParallelEngine)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture(scope="module")
-def bench(engine: TensorParallelEngine) -> Bench:
-    return Bench("torch", engine)
-
-
-@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(scripts)
-def test_no_schedule_changes_an_answer(bench: Bench, script: list[tuple[str, Any]]) -> None:
-    play(bench, script)
-
-
-@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(scripts)
-def test_nor_does_one_that_runs_ahead(bench: Bench, script: list[tuple[str, Any]]) -> None:
-    """Tokens then come to the other ranks by their process group alone."""
-    engine = bench.engine.inner
-    on_host = engine.sampler
-    run_ahead(engine)
-    try:
-        play(bench, script)
-    finally:
-        engine.sampler = engine._engine.sampler = on_host
-        engine.runs_ahead = False
-
-
-def test_every_rank_forgets_what_nobody_holds(engine: TensorParallelEngine) -> None:
-    """Else each would fill its memory with prompts."""
-    (rank,) = ranks_of_this_process()
-    prompts = [list(range(3, 203))] * 20
-    size = encoded(engine, prompts)[0].nbytes * len(prompts)
-    before = None
-    for _ in range(12):
-        encoded(engine, prompts)
-        gc.collect()
-        before = before or rank.memory_info().rss
-    assert before is not None
-    assert rank.memory_info().rss - before < 5 * size
-
-
 # Starting and ending
 
 
@@ -317,21 +261,3 @@ def test_a_degree_that_does_not_divide(demo: Path) -> None:
 def test_layers_are_not_shared_out(demo: Path) -> None:
     with pytest.raises(LoadError, match=r"pipeline_parallel_degree=2 .* set option.tensor_parall"):
         init_inference(str(demo), 2, 2)
-
-
-def test_a_second_model_on_ranks_is_refused_before_it_starts_any(
-    engine: TensorParallelEngine, demo: Path
-) -> None:
-    before = ranks_of_this_process()
-    with pytest.raises(LoadError, match="close the other first"):
-        init_inference(str(demo), 2)
-    assert ranks_of_this_process() == before
-    with init_inference_on_one(demo) as beside:
-        assert beside.pipeline_generate(["Write 7 in words."]) == ["seven"]
-
-
-@contextmanager
-def init_inference_on_one(folder: Path) -> Iterator[Model]:
-    model = init_inference(str(folder), backend="torch")
-    yield model
-    model.close()

@@ -96,18 +96,26 @@ class Ranks:
                 if link.poll(_START_SECONDS):
                     self._links[link.recv()] = link
 
-    def all_told(self, what: str) -> list[Any]:
-        """What every rank told of this, waiting for it. Raises LoadError where one failed."""
-        expected = [(what, rank) for rank in range(1, self.size)]
+    def all_told(self, what: str, patience: float | None = None) -> list[Any]:
+        """What every rank told of this, waiting for it. Raises LoadError where one failed, and
+        TimeoutError after ``patience`` seconds."""
+        expected = {(what, rank) for rank in range(1, self.size)}
         with self._changed:
-            self._changed.wait_for(lambda: self.lost or self._told.keys() >= {*expected})
+            told = self._changed.wait_for(
+                lambda: self.lost or self._told.keys() >= expected, patience
+            )
             if self.lost is not None:
                 raise LoadError(self.lost)
-            return [self._told[key] for key in expected]
+            if not told:
+                raise TimeoutError(what)
+            return [self._told[key] for key in sorted(expected)]
 
-    def agree(self, what: str, failure: str | None) -> str | None:
+    def agree(self, what: str, failure: str | None, patience: float | None = None) -> str | None:
         """See fast_steps.Agree."""
-        failures = [failure, *self.all_told(what)]
+        try:
+            failures = [failure, *self.all_told(what, None if failure is None else patience)]
+        except TimeoutError:
+            raise TimeoutError(failure) from None
         named = [f"rank {rank} of {self.size}: {why}" for rank, why in enumerate(failures) if why]
         against = named[0] if named else None
         self.send(what, against)
@@ -299,9 +307,11 @@ class Link:
         (argument,) = arguments
         return argument
 
-    def agree(self, what: str, failure: str | None) -> str | None:
+    def agree(self, what: str, failure: str | None, patience: float | None = None) -> str | None:
         """See fast_steps.Agree."""
         self.tell(what, failure)
+        if failure is not None and not self._connection.poll(patience):
+            raise TimeoutError(failure)
         against: str | None = self.told(what)
         return against
 

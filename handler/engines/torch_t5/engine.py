@@ -23,6 +23,7 @@ from handler.tokenizer import Tokenizer
 
 # Tokens of prompts that are encoded together: on a CPU as many keep it busy, a GPU wants more.
 _ENCODE_TOKENS_CPU, _ENCODE_TOKENS_GPU = 256, 4096
+_ALIGNED = 16  # numbers
 
 
 class TorchT5StepEngine:
@@ -205,8 +206,11 @@ class TorchT5StepEngine:
     def _encoder_biases(self, s: int) -> Iterator[Tensor]:
         """Of each layer [heads, s, s]; those of a layer's own table only when it is its turn."""
         places = torch.arange(s, device=self._device)
-        index = places - places[:, None] + self.max_input_tokens - 1
-        biases = (table[:, index] for table in self._encoder_bias)
+        # of rows whose beginnings are not aligned SDPA's kernel on CUDA makes a copy in every layer
+        keys = torch.arange(-(-s // _ALIGNED) * _ALIGNED, device=self._device)
+        distances = keys - places[:, None] + self.max_input_tokens - 1
+        index = distances.clamp(max=self._encoder_bias.shape[-1] - 1)
+        biases = (table[:, index][..., :s] for table in self._encoder_bias)
         return biases if len(self._encoder_bias) > 1 else repeat(next(biases))
 
     def _moved(self, numbers: npt.NDArray[np.int64]) -> Tensor:

@@ -1,7 +1,8 @@
 """Kernels and CUDA graphs, which all ranks of a model decode with, or none.
 
 Without them the answers are the same, later. A rank on which one of them fails would leave the
-others waiting for it inside a step: so each tries alone first, and hears how the others fared.
+others waiting for it inside a step: so each tries alone first, and hears how the others fared. What
+fails after that, where ranks meet, mostly fails on all of them.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from handler.engines.torch_t5.tensor_parallel import apart
 
 logger = logging.getLogger(__name__)
 
-# (what was tried, why it failed on this rank) -> on which rank it failed, and why; or None.
-# All ranks call it, and get the same.
-Agree = Callable[[str, "str | None"], "str | None"]
+# (what was tried, why it failed on this rank, for how many seconds that waits for the others) ->
+# on which rank it failed, and why; or None. All ranks call it, and get the same. TimeoutError: the
+# others have not come.
+Agree = Callable[[str, "str | None", "float | None"], "str | None"]
+# After a failure where ranks meet: the others failed as soon, or wait there for this one.
+_TOGETHER_SECONDS = 10.0
 
 
 def speed_up(
@@ -32,30 +36,37 @@ def speed_up(
     """agree: None where no other rank computes ``model``. graphs: whether they can hold what the
     ranks do where they meet."""
     with apart(model):
-        against = _agreed("kernels", _failure(engine.use_kernels), agree)
-        if against is not None:
-            engine.use_no_kernels()
-            logger.warning("decoding is slower than it could be, without kernels: %s", against)
+        if not _all_can("kernels", engine.use_kernels, engine.use_no_kernels, agree) or not graphs:
             return
-        if not graphs:
-            return
-        against = _agreed("graphs", _failure(lambda: engine.use_graphs(capture)), agree)
-        if against is not None:
-            engine.use_no_graphs()
-            logger.warning("decoding is slower than it could be, without CUDA graphs: %s", against)
+        if not _all_can("graphs", lambda: engine.use_graphs(capture), engine.use_no_graphs, agree):
             return
     if agree is not None:
         engine.use_no_graphs()  # first, so that memory is needed once
-        engine.use_graphs(capture)
+        _all_can(
+            "graphs together",
+            lambda: engine.use_graphs(capture),
+            engine.use_no_graphs,
+            agree,
+            _TOGETHER_SECONDS,
+        )
 
 
-def _agreed(what: str, failure: str | None, agree: Agree | None) -> str | None:
-    return failure if agree is None else agree(what, failure)
-
-
-def _failure(attempt: Callable[[], None]) -> str | None:
+def _all_can(
+    what: str,
+    use: Callable[[], None],
+    use_none: Callable[[], None],
+    agree: Agree | None,
+    patience: float | None = None,
+) -> bool:
+    """Use it on this rank; where it fails on any, go on without it on all."""
+    against = None
     try:
-        attempt()
+        use()
     except Exception as error:  # Triton's compiler, the driver, too little memory
-        return repr(error)
-    return None
+        against = repr(error)
+    if agree is not None:
+        against = agree(what, against, patience)
+    if against is not None:
+        use_none()
+        logger.warning("decoding is slower than it could be, without %s: %s", what, against)
+    return against is None

@@ -19,7 +19,7 @@ import torch
 
 from handler.cli.common import DEMO
 from handler.config import Configuration, configuration_of
-from handler.engines import torch_t5
+from handler.engines.torch_ranks import loading
 from handler.engines.torch_t5.part import load_part
 from handler.generation import GenerationRequest
 from handler.inference import Model
@@ -44,7 +44,7 @@ def compare_ranks(device: torch.device, dtype: str) -> dict[str, Any]:
     other = subprocess.Popen(arguments, env={**os.environ, **place})
     try:
         os.environ.update(place)
-        two, two_ms = _measured(torch_t5.lead(DEMO, c, World(0, _RANKS), device))
+        two, two_ms = _measured(loading.lead(DEMO, c, World(0, _RANKS), device))
         other.wait(_END_SECONDS)
     finally:
         other.kill()
@@ -96,7 +96,7 @@ def _free_port() -> int:
 def main(device: str, dtype: str) -> None:
     """The other rank."""
     world = World(_RANKS - 1, _RANKS)
-    torch_t5.follow(DEMO, _configuration(dtype), world, torch.device(device)).run()
+    loading.follow(DEMO, _configuration(dtype), world, torch.device(device)).run()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 from torch import Tensor
 
 from handler.config import configuration_of
-from handler.engines import torch_t5
+from handler.engines.torch_ranks import loading
 from handler.engines.torch_t5 import kernels
 from handler.engines.torch_t5.engine import TorchT5StepEngine
 from handler.engines.torch_t5.fast_steps import Agree, speed_up
@@ -69,9 +69,9 @@ def main(folder: Path, rank: int, fault: str) -> None:
     told: dict[str, object] = {}
     try:
         if rank:
-            torch_t5.follow(folder, c, World(rank, 2)).run()
+            loading.follow(folder, c, World(rank, 2)).run()
         else:
-            engine = torch_t5.lead(folder, c, World(rank, 2))
+            engine = loading.lead(folder, c, World(rank, 2))
             model = Model(
                 Scheduler(engine, 10), backend="torch", max_input_tokens=32, max_output_tokens=16
             )

@@ -27,7 +27,7 @@ from random_checkpoints import VARIANTS
 from handler.checkpoints.partition import partition
 from handler.config import configuration_of
 from handler.engines import Model, init_inference
-from handler.engines.torch_ranks import ranks
+from handler.engines.torch_ranks import loading
 from handler.engines.torch_ranks.ranks import process_group, start_processes
 from handler.engines.torch_t5 import part
 from handler.errors import LoadError
@@ -213,7 +213,7 @@ def test_all_ranks_leave_before_any_is_waited_for(
         started.extend(start_processes(*arguments))
         return started
 
-    monkeypatch.setattr(ranks, "start_processes", start)
+    monkeypatch.setattr(loading, "start_processes", start)
     monkeypatch.setattr(dist, "destroy_process_group", dist.destroy_process_group)
     exec(LEAVING_TOGETHER, {})
     (tmp_path / "sitecustomize.py").write_text(LEAVING_TOGETHER)

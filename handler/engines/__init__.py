@@ -205,13 +205,18 @@ def _torch_runner(folder: Path, c: Configuration, world: World) -> Runner:
 
     if world.by_mpirun:
         end_with_parent()
+    if world.size == 1:
+        alone = torch_t5.load(folder, c)
+        scheduler = Scheduler(alone, c.max_queue, c.encoder_cache << 20)
+        alone.when_lost(scheduler.end)
+        return scheduler
+    torch_t5.refuse_unsupported(c)  # before torch is imported, which may be missing
+    from handler.engines.torch_ranks import loading
+
     if world.rank:
-        return Following(torch_t5.follow(folder, c, world), shares=not _is_passive(c))
-    if world.size == 1 or _is_passive(c):
-        engine = torch_t5.load(folder, c) if world.size == 1 else torch_t5.lead(folder, c, world)
-        scheduler = Scheduler(engine, c.max_queue, c.encoder_cache << 20)
-    else:
-        engine = torch_t5.lead(folder, c, world)
-        scheduler = Leading(engine, c.max_queue, c.encoder_cache << 20)
+        return Following(loading.follow(folder, c, world), shares=not _is_passive(c))
+    engine = loading.lead(folder, c, world)
+    leading = Scheduler if _is_passive(c) else Leading
+    scheduler = leading(engine, c.max_queue, c.encoder_cache << 20)
     engine.when_lost(scheduler.end)
     return scheduler

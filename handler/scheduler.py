@@ -219,6 +219,7 @@ class Scheduler(Runner):
         rows = list(self._rows)
         of_sampler = {row: -1 - i for i, row in enumerate(chosen)}
         tokens = np.array([[of_sampler.get(row, row.token)] for row in rows])
+        # a row that its token ends has no further place: it takes its last one again
         positions = np.array(
             [min(row.position + (row in of_sampler), row.last_position) for row in rows]
         )

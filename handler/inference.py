@@ -369,7 +369,9 @@ def _joined(
         with lock:
             left -= 1
         try:
-            if not future.cancelled() and future.exception() is not None:
+            if future.cancelled():
+                whole.cancel()
+            elif future.exception() is not None:
                 whole.set_exception(future.exception())
             elif left == 0 and not any(f.cancelled() for f in futures):
                 results = [f.result() for f in futures]

@@ -129,6 +129,8 @@ def _take(
         fail([row.generation for row in rows], error)
         return
     for row, token, log_prob, likeliest in zip(rows, tokens, log_probs, top):
+        if row.generation.done:  # it has run once more, for nothing
+            continue
         row.token = token
         try:
             row.generation.append(token, log_prob, likeliest)

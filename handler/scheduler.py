@@ -177,25 +177,29 @@ class Scheduler(Runner):
             if step is None:
                 return
             tell = choose_next(step.rows, step.logits, self._engine, self._fail)
-            self._begun = self._begin(step.rows) if self._goes_ahead() else None
+            try:
+                self._begun = self._begin(step.rows) if self._goes_ahead() else None
+            finally:
+                tell()  # what is chosen counts, whatever becomes of the next step
         except BaseException as error:
             self._fail([row.generation for row in self._rows], error)
             self._rows, self._begun = [], None
             return
-        tell()
         self._step_seconds = perf_counter() - start + self._waited
         self._waited = 0.0
         self._free_rows()
+        if not self._rows:
+            self._begun = None  # for nothing, and its logits may be all that holds their memory
 
     def _next_step(self) -> _Step | None:
-        """The one that has begun, of its rows that still run, or a new one; None without rows."""
+        """The one that has begun, if any of its rows still runs, or a new one; None without rows.
+
+        Those that have ended stay in it: to pick the others' logits, the device would have to be
+        told which, and torch waits for it then.
+        """
         begun, self._begun = self._begun, None
-        if begun is not None:
-            running = [i for i, row in enumerate(begun.rows) if not row.generation.done]
-            if len(running) == len(begun.rows):
-                return begun
-            if running:
-                return _Step([begun.rows[i] for i in running], begun.logits[running])
+        if begun is not None and not all(row.generation.done for row in begun.rows):
+            return begun
         return self._begin() if self._rows else None
 
     def _goes_ahead(self) -> bool:
@@ -215,6 +219,7 @@ class Scheduler(Runner):
         rows = list(self._rows)
         of_sampler = {row: -1 - i for i, row in enumerate(chosen)}
         tokens = np.array([[of_sampler.get(row, row.token)] for row in rows])
+        # a row that its token ends has no further place: it takes its last one again
         positions = np.array(
             [min(row.position + (row in of_sampler), row.last_position) for row in rows]
         )

@@ -30,19 +30,21 @@ PROMPTS = [[5, 6, 1], [7, 8, 9, 1], [4, 1]]
 
 
 class Copies(TorchDispatchMode):
-    """Notes what is copied from the GPU to the host, and whether the host waits for it."""
+    """Notes what is copied between the GPU and the host, and whether the host waits for it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.waited_for: list[bool] = []
+        self.to_host: list[bool] = []
+        self.to_gpu: list[bool] = []
 
     def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = call(*args, **(kwargs or {}))
         if call in (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default):
             source = args[1] if call is torch.ops.aten.copy_.default else args[0]
-            if (result.device.type, source.device.type) == ("cpu", "cuda"):
+            if result.device != source.device:
                 given = args[2] if len(args) > 2 else False
-                self.waited_for.append(not (kwargs or {}).get("non_blocking", given))
+                noted = self.to_host if result.device.type == "cpu" else self.to_gpu
+                noted.append(not (kwargs or {}).get("non_blocking", given))
         return result
 
 
@@ -123,7 +125,9 @@ def test_a_service_on_it(engine: TorchT5StepEngine) -> None:
             engine.sampler.choose(logits, rows, [step] * 3, EOS, logits.shape[-1] - 2)
             logits = engine.decode(3, np.array([[-2], [-1], [-3]]), np.full(3, step))[:, 0]
     assert (logits.device, logits.shape[0]) == (GPU, 3)
-    assert copies.waited_for == [False] * 3
+    assert copies.to_host == [False] * 3
+    assert copies.to_gpu
+    assert not any(copies.to_gpu)
     assert Event.recorded >= 3
     engine.move(2, 0)
     engine.reorder([0, 1], [1, 0])
@@ -131,4 +135,5 @@ def test_a_service_on_it(engine: TorchT5StepEngine) -> None:
     engine.decode(2, np.array([[5, 6], [7, 8]]), np.full(2, 5))
     with Copies() as copies:
         logits.cpu()
-    assert copies.waited_for == [True]
+        logits[[0, 2]]
+    assert copies.to_host == copies.to_gpu == [True]

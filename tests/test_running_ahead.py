@@ -6,6 +6,8 @@ test_tensor_parallel.py show.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +24,7 @@ from test_scheduler import (
     scheduler_of,
 )
 
+from handler.generation import TokenEvent
 from handler.sampling import Chosen, HostSampler, choose_tokens
 
 
@@ -102,7 +105,45 @@ def test_a_row_that_has_ended_runs_once_more_for_nothing() -> None:
         scheduler.submit([short, long])
         assert [answer(short), answer(long)] == ["short", "long" * 5]
     assert engine.of("decode") == [2] * 7 + [1] * 15
-    assert engine.of("tell") == [2] * 6 + [1] * 15
+    # of its last step too, as the logits lie: a device would have to be told which rows are wanted
+    assert engine.of("choose") == engine.of("tell") == [2] * 7 + [1] * 14
+
+
+def test_who_listens_hears_nothing_of_that() -> None:
+    engine = AheadEngine()
+    events: list[TokenEvent] = []
+    cancelled, other = generation("1" * 50, events.append), generation("2" * 20)
+    with scheduler_of(engine) as scheduler:
+        engine.before("choose", 10, cancelled.future.cancel)
+        scheduler.submit([cancelled, other])
+        assert answer(other) == "2" * 20
+    assert [event.text for event in events] == ["1"] * 9
+
+
+def test_what_was_chosen_counts_where_the_next_step_fails() -> None:
+    """The step that begins before it is told."""
+    engine = AheadEngine()
+    done, hit = generation("1234", max_new_tokens=4), generation("12345678")
+    with scheduler_of(engine) as scheduler:
+        engine.before("decode", 5, raising(RuntimeError("no such kernel")))
+        scheduler.submit([done, hit])
+        assert error_of(hit).code == 424
+        assert answer(done) == "1234"
+    assert hit.token_ids == done.token_ids
+
+
+def test_no_step_is_kept_for_rows_that_have_all_ended() -> None:
+    """Its logits may be memory of the device, and what was asked for hangs on it."""
+    engine = AheadEngine()
+    with scheduler_of(engine) as scheduler:
+        sent = generation("12345")
+        scheduler.submit([sent])
+        assert answer(sent) == "12345"
+    assert engine.of("decode") == [1] * 7  # the last one for nothing
+    kept = weakref.ref(sent)
+    del sent
+    gc.collect()
+    assert kept() is None
 
 
 @pytest.mark.parametrize("parts", [0, 3])

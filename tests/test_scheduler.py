@@ -10,7 +10,7 @@ import json
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -26,7 +26,14 @@ from step_engines import MODULES, assert_same, open_engine, run_ahead
 from handler.engines.onnx_t5.sessions import open_session, use_threads
 from handler.engines.protocol import Sampler, StepEngine
 from handler.errors import RequestError
-from handler.generation import Generation, GenerationRequest, GenerationResult, TokenEvent
+from handler.generation import (
+    Generation,
+    GenerationRequest,
+    GenerationResult,
+    ScoreRequest,
+    TokenEvent,
+)
+from handler.inference import Model
 from handler.machine import usable_cpus
 from handler.parameters import GenerationParameters, parse_parameters
 from handler.sampling import HostSampler
@@ -543,6 +550,27 @@ def test_closing_finishes_what_runs_and_refuses_what_waits() -> None:
         scheduler.submit([late])
     assert caught.value.code == 503
     scheduler.close()
+
+
+def test_what_runs_is_cancelled_when_python_ends() -> None:
+    """Every text of a request, and so the request."""
+    engine = EchoEngine()
+    scheduler = Scheduler(engine, 10)
+    model = Model(scheduler, backend="", max_input_tokens=300, max_output_tokens=300)
+    ending = threading.Thread(target=scheduler.abandon)
+    asked: Future[Future[GenerationResult]] = Future()
+
+    def end() -> None:
+        ending.start()
+        with pytest.raises(CancelledError):
+            asked.result(WAIT).result(WAIT)
+
+    engine.before("decode", 3, end)
+    asked.set_result(model.submit([ScoreRequest("text", ("text", "text"))])[0])
+    with pytest.raises(CancelledError):
+        asked.result().result(WAIT)
+    ending.join(WAIT)
+    assert engine.closed
 
 
 def test_closing_with_nothing_to_do() -> None:

@@ -108,7 +108,8 @@ def _change(flat: Tensor, plan: Planned) -> None:
         scores = flat[places]
         scores = torch.where(scores < 0, scores * repetition, scores / repetition)
         flat[places] = scores - frequency * counts - presence * (counts > 0)
-    flat[_on(flat.device, plan.banned)] = -torch.inf
+    # [...] = -inf is the same, but older torches copy the number there, and wait for it
+    flat.index_fill_(0, _on(flat.device, plan.banned), -torch.inf)
 
 
 def _draw(

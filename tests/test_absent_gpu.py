@@ -30,7 +30,10 @@ PROMPTS = [[5, 6, 1], [7, 8, 9, 1], [4, 1]]
 
 
 class Copies(TorchDispatchMode):
-    """Notes what is copied between the GPU and the host, and whether the host waits for it."""
+    """Notes what is copied between the GPU and the host, and whether the host waits for it: to the
+    GPU it does, too, where the driver first copies what is not pinned."""
+
+    pinned: list[torch.Tensor] = []  # noqa: RUF012
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,8 +46,11 @@ class Copies(TorchDispatchMode):
             source = args[1] if call is torch.ops.aten.copy_.default else args[0]
             if result.device != source.device:
                 given = args[2] if len(args) > 2 else False
-                noted = self.to_host if result.device.type == "cpu" else self.to_gpu
-                noted.append(not (kwargs or {}).get("non_blocking", given))
+                waits = not (kwargs or {}).get("non_blocking", given)
+                if result.device.type == "cpu":
+                    self.to_host.append(waits)
+                else:
+                    self.to_gpu.append(waits or not any(source is one for one in self.pinned))
         return result
 
 
@@ -68,6 +74,12 @@ def _driver(monkeypatch: pytest.MonkeyPatch) -> None:
     def unpinned(*size: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
         return empty(*size, **options)
 
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        Copies.pinned.append(tensor.clone())
+        return Copies.pinned[-1]
+
+    monkeypatch.setattr(Copies, "pinned", [])
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     monkeypatch.setattr(torch, "empty", unpinned)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)

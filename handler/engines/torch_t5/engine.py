@@ -14,7 +14,7 @@ from torch import Tensor
 from handler.checkpoints.architecture import T5Architecture, relative_position_bucket
 from handler.engines.protocol import Sampler
 from handler.engines.torch_t5.cuda_graphs import Capture, CudaGraphs
-from handler.engines.torch_t5.inputs import StepInputs
+from handler.engines.torch_t5.inputs import StepInputs, on_device
 from handler.engines.torch_t5.kv_cache import EncodedPrompt, RowCache, StepMemory
 from handler.engines.torch_t5.model import T5
 from handler.engines.torch_t5.sampling import DeviceSampler
@@ -167,7 +167,8 @@ class TorchT5StepEngine:
             ids, at = self._inputs.of(n)
             places = at[:, None]
         else:
-            ids, places = self._moved(tokens), self._moved(positions[:, None] + np.arange(q))
+            ids = on_device(tokens, self._device)
+            places = on_device(positions[:, None] + np.arange(q), self._device)
         longest = {"own": int(positions.max()) + q, "cross": max(self._rows.prompt_lengths[:n])}
         memory = StepMemory(self._rows, places, self._decoder_bias, **longest)
         return self._model.decode(ids, memory)
@@ -212,9 +213,6 @@ class TorchT5StepEngine:
         index = distances.clamp(max=self._encoder_bias.shape[-1] - 1)
         biases = (table[:, index][..., :s] for table in self._encoder_bias)
         return biases if len(self._encoder_bias) > 1 else repeat(next(biases))
-
-    def _moved(self, numbers: npt.NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(numbers)).to(self._device, non_blocking=True)
 
     def _use_device(self) -> None:
         """Triton launches on the current device, which each thread has its own."""

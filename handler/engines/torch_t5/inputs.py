@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -28,10 +30,21 @@ class StepInputs:
         given = numbers[0, :n] = tokens[:, 0]
         numbers[1, :n] = np.where(given < 0, -1 - given, self._max_rows + np.arange(n))
         numbers[2, :n] = positions
-        # not from pinned memory, which the next step might write to before it is read
-        self._numbers[1:].copy_(torch.from_numpy(numbers), non_blocking=True)
+        self._numbers[1:].copy_(pinned(numbers, self._numbers.device), non_blocking=True)
 
     def of(self, rows: int) -> tuple[Tensor, Tensor]:
         """tokens [rows, 1], positions [rows]; of rows that nothing was filled in for, any."""
         known = self._numbers[:2].view(-1)
         return known[self._numbers[2, :rows, None]], self._numbers[3, :rows]
+
+
+def on_device(numbers: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """The same there, without waiting for what it does."""
+    return pinned(numbers, device).to(device, non_blocking=True)
+
+
+def pinned(numbers: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """Where a GPU copies them from by itself. torch does not use that memory for anything else
+    before it has."""
+    tensor = torch.from_numpy(np.ascontiguousarray(numbers))
+    return tensor.pin_memory() if device.type == "cuda" else tensor

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from handler.engines.torch_t5.inputs import on_device
 from handler.sampling import Chosen, Floats, Planned, RowSampling, filters_of, planned
 
 
@@ -88,7 +88,7 @@ def _choose(
     if drawing:
         numbers = np.array([rows[row].uniform(steps[row]) for row in drawing])
         top_k, values = filters_of([rows[row] for row in drawing])
-        there = _on(logits.device, np.array(drawing))
+        there = on_device(np.array(drawing), logits.device)
         drawn = _draw(scores[there], top_k, values, numbers)
         # a row without any token to choose, or of no numbers, is told apart below
         tokens[there] = torch.where(allowed[there].isfinite(), drawn, tokens[there])
@@ -102,14 +102,14 @@ def _choose(
 
 def _change(flat: Tensor, plan: Planned) -> None:
     if len(plan.penalized):
-        places = _on(flat.device, plan.penalized)
-        counts = _on(flat.device, plan.counts)
-        repetition, presence, frequency = _on(flat.device, plan.penalties).T
+        places = on_device(plan.penalized, flat.device)
+        counts = on_device(plan.counts, flat.device)
+        repetition, presence, frequency = on_device(plan.penalties, flat.device).T
         scores = flat[places]
         scores = torch.where(scores < 0, scores * repetition, scores / repetition)
         flat[places] = scores - frequency * counts - presence * (counts > 0)
     # [...] = -inf is the same, but older torches copy the number there, and wait for it
-    flat.index_fill_(0, _on(flat.device, plan.banned), -torch.inf)
+    flat.index_fill_(0, on_device(plan.banned, flat.device), -torch.inf)
 
 
 def _draw(
@@ -124,17 +124,17 @@ def _draw(
     form: everything is sorted.
     """
     device = scores.device
-    temperature, top_p, typical_p = _on(device, values)
+    temperature, top_p, typical_p = on_device(values, device)
     scaled = scores / temperature.float()[:, None]
     if not (top_k.any() or values[1:].any()):
         weights = (scaled - scaled.amax(-1, keepdim=True)).double().exp()
-        return _pick(weights, _on(device, numbers))
+        return _pick(weights, on_device(numbers, device))
     # of equals the last places come first, as in a stable ascending sort
     ranked, order = (each.flip(-1) for each in scaled.sort(dim=-1, stable=True))
     ranked = ranked.double()
     size = ranked.shape[-1]
     last = np.where(top_k > 0, np.clip(top_k, 1, size), size) - 1
-    border = ranked.gather(1, _on(device, last)[:, None])
+    border = ranked.gather(1, on_device(last, device)[:, None])
     weights = (ranked - ranked[:, :1]).exp() * (ranked >= border)
     if values[1].any():
         before, total = _before(weights)
@@ -143,7 +143,7 @@ def _draw(
         weights *= ~out
     if values[2].any():
         weights *= _typical(weights, ranked, typical_p)
-    return _pick(torch.zeros_like(weights).scatter_(1, order, weights), _on(device, numbers))
+    return _pick(torch.zeros_like(weights).scatter_(1, order, weights), on_device(numbers, device))
 
 
 def _typical(weights: Tensor, ranked: Tensor, share: Tensor) -> Tensor:
@@ -176,7 +176,3 @@ def _before(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 def _is_on(share: Tensor) -> Tensor:
     return (share > 0.0) & (share < 1.0)
-
-
-def _on(device: torch.device, numbers: npt.NDArray[Any]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(numbers)).to(device, non_blocking=True)

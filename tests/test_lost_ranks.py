@@ -77,6 +77,7 @@ def test_every_request_fails_and_says_why(demo: Path, number: int, words: str) -
         assert len(done) == REQUESTS
         assert {code_and_text(future)[0] for future in futures} == {424}
         assert all(words in code_and_text(future)[1] for future in futures)
+        wait_until(lambda: ended)  # what fails in the engine's thread may be told before
         assert not model.healthy
         assert len(ended) == 1
         with pytest.raises(RequestError, match="it must be started again") as later:

@@ -319,7 +319,10 @@ def test_one_token_left_is_taken_and_none_left_is_told(samples: bool, wanted: bo
 
 @pytest.fixture(
     scope="module",
-    params=[("onnxruntime", "demo"), ("onnxruntime", "flan-t5"), ("torch", "flan-t5")],
+    params=[
+        pytest.param(pair, marks=pytest.mark.long if pair == ("onnxruntime", "flan-t5") else ())
+        for pair in (("onnxruntime", "demo"), ("onnxruntime", "flan-t5"), ("torch", "flan-t5"))
+    ],
     ids="-".join,
 )
 def engine(
@@ -349,6 +352,8 @@ ALONE: list[dict[str, Any]] = [
     {"min_new_tokens": 20},
     {"ignore_eos_token": True},
 ]
+# in `make test` these are in the mixed batch only
+SIMILAR = ({"repetition_penalty": 0.8}, {"frequency_penalty": 1.2}, {"no_repeat_ngram_size": 1})
 ALL = {
     "repetition_penalty": 1.2,
     "presence_penalty": 0.4,
@@ -376,7 +381,14 @@ def greedy(values: dict[str, Any]) -> GenerationParameters:
     return GenerationParameters(max_new_tokens=24, **values)
 
 
-@pytest.mark.parametrize("values", [*ALONE, ALL], ids=lambda values: "-".join(values) or "none")
+@pytest.mark.parametrize(
+    "values",
+    [
+        pytest.param(values, marks=pytest.mark.long if values in SIMILAR else ())
+        for values in [*ALONE, ALL]
+    ],
+    ids=lambda values: "-".join(values) or "none",
+)
 def test_greedy_texts_are_those_of_transformers(
     engine: tuple[Model, Oracle], values: dict[str, Any]
 ) -> None:

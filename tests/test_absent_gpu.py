@@ -91,8 +91,8 @@ def _driver(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(
     params=[
         "flan-t5 fp32 1",
-        "t5-v1.0 bf16 1",
-        "umt5 fp16 1",
+        pytest.param("t5-v1.0 bf16 1", marks=pytest.mark.long),
+        pytest.param("umt5 fp16 1", marks=pytest.mark.long),
         "flan-t5 int8 1",
         "mt5 bf16 2",  # one of two ranks, whose results come from nowhere
     ]

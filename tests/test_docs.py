@@ -63,6 +63,7 @@ def test_the_readmes_curl_answers_what_the_readme_prints(server: httpx.Client) -
     assert reply.json() == json.loads(found.group(2))
 
 
+@pytest.mark.long
 def test_the_conversion_in_the_docs_converts(demo: Path, tmp_path: Path) -> None:
     text = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

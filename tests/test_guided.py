@@ -52,9 +52,23 @@ WAYS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
+REGEXES = [
+    r"[0-9]{3}",
+    r"(seven|eight) ?",
+    r"[a-z]+( [a-z]+){2}",
+    r"a|b{2,3}c*",
+    r"[^ab ]{1,9}",
+]
+
+
 @pytest.mark.parametrize(
-    "regex", [r"[0-9]{3}", r"(seven|eight) ?", r"[a-z]+( [a-z]+){2}", r"a|b{2,3}c*", r"[^ab ]{1,9}"]
+    ("regex", "way"),
+    [
+        pytest.param(regex, way, marks=() if i == k or k == 0 else pytest.mark.long)
+        for i, regex in enumerate(REGEXES)
+        for k, way in enumerate(WAYS)
+    ],
+    ids=str,
 )
 def test_every_text_matches(any_model: Model, regex: str, way: dict[str, Any]) -> None:
     for text in texts(any_model, regex=regex, max_new_tokens=60, **way):

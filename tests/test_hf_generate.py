@@ -100,7 +100,7 @@ def test_greedy(case: Case) -> None:
     "search",
     [
         {},
-        {"length_penalty": 2.0, "early_stopping": True},
+        pytest.param({"length_penalty": 2.0, "early_stopping": True}, marks=pytest.mark.long),
         {"length_penalty": -1.0, "early_stopping": "never"},
     ],
     ids=str,
@@ -125,7 +125,7 @@ def test_the_random_checkpoints_are_worth_comparing(case: Case) -> None:
 # Parameters
 
 
-@pytest.mark.parametrize("num_beams", [1, 4])
+@pytest.mark.parametrize("num_beams", [1, pytest.param(4, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     ("parameters", "arguments"),
     [
@@ -145,7 +145,7 @@ def test_parameters_mean_what_they_mean_in_transformers(
     flan.assert_equal({**search, **parameters}, {**search, **arguments})
 
 
-@pytest.mark.parametrize("num_beams", [1, 4])
+@pytest.mark.parametrize("num_beams", [pytest.param(1, marks=pytest.mark.long), 4])
 @pytest.mark.parametrize("written_as", ["strings", "ids"])
 def test_bad_words(flan: Case, num_beams: int, written_as: str) -> None:
     tokenizer = flan.model.tokenizer
@@ -217,7 +217,7 @@ def test_requests_of_different_parameters_in_one_call(flan: Case) -> None:
 
 
 @settings(
-    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.lists(st.text(min_size=1, max_size=60).filter(str.strip), min_size=1, max_size=6))
 def test_any_texts_beside_each_other(flan: Case, prompts: list[str]) -> None:

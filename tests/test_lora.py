@@ -180,9 +180,9 @@ def test_any_rank_and_scaling(
     ("base", "name"),
     [
         ("demo", "everything"),
-        ("demo", "dora"),
+        pytest.param("demo", "dora", marks=pytest.mark.long),
         ("tied", "embedding"),
-        ("untied", "embedding"),
+        pytest.param("untied", "embedding", marks=pytest.mark.long),
         ("untied", "head"),
         ("untied", "modules_to_save"),
     ],

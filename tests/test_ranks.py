@@ -112,7 +112,10 @@ def test_two_jobs_draw_different_seeds(tmp_path: Path, demo: Path) -> None:
             marks=pytest.mark.long,
         ),
         ({"MASTER_PORT": "99999999"}, "MASTER_ADDR:MASTER_PORT 127.0.0.1:99999999 (no port)"),
-        ({"FT_DOUBLE_FAIL": "1:load"}, "an illegal memory access in load"),
+        pytest.param(
+            *({"FT_DOUBLE_FAIL": "1:load"}, "an illegal memory access in load"),
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["world size", "backend", "no port", "a wrong port", "one rank"],
 )

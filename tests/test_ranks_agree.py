@@ -68,7 +68,11 @@ def texts(folder: Path) -> list[str]:
             ["nothing", "graphs"], "graphs: rank 1 of 2: MemoryError", marks=pytest.mark.long
         ),
         pytest.param(["graphs", "nothing"], "graphs: rank 0 of 2", marks=pytest.mark.long),
-        (["meeting", "meeting"], "graphs together: rank 0 of 2: MemoryError"),
+        pytest.param(
+            ["meeting", "meeting"],
+            "graphs together: rank 0 of 2: MemoryError",
+            marks=pytest.mark.long,
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )

@@ -35,13 +35,13 @@ def bench(engine: TensorParallelEngine) -> Bench:
     return Bench("torch", engine)
 
 
-@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(scripts)
 def test_no_schedule_changes_an_answer(bench: Bench, script: list[tuple[str, Any]]) -> None:
     play(bench, script)
 
 
-@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(scripts)
 def test_nor_does_one_that_runs_ahead(bench: Bench, script: list[tuple[str, Any]]) -> None:
     """Tokens then come to the other ranks by their process group alone."""

@@ -349,8 +349,18 @@ def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
-@pytest.mark.parametrize("harm", [damage, truncate, Path.unlink])
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", ".s3-manifest.json"])
+HARM = [damage, truncate, Path.unlink]
+HARMED = ["model.safetensors", "config.json", ".s3-manifest.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        pytest.param(name, harm, marks=() if i == k else pytest.mark.long)
+        for i, name in enumerate(HARMED)
+        for k, harm in enumerate(HARM)
+    ],
+)
 def test_damage_in_the_cache_is_found_and_mended(
     s3: S3, tool: str, tmp_path: Path, harm: Callable[[Path], None], name: str
 ) -> None:
@@ -363,7 +373,9 @@ def test_damage_in_the_cache_is_found_and_mended(
     assert all(name in path for path in fetched), "what is whole is kept"
 
 
-@pytest.mark.parametrize("part", [5 * MIB, pytest.param(8 * MIB, marks=pytest.mark.long), 7 * MIB])
+@pytest.mark.parametrize(
+    "part", [5 * MIB, *(pytest.param(n * MIB, marks=pytest.mark.long) for n in (7, 8))]
+)
 def test_parts_of_an_upload_are_checked(
     s3: S3, tool: str, tmp_path: Path, part: int, impatient: None
 ) -> None:

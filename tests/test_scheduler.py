@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from oracle import Oracle
-from step_engines import MODULES, assert_same, open_engine, run_ahead
+from step_engines import assert_same, open_engine, run_ahead
 
 from handler.engines.onnx_t5.sessions import open_session, use_threads
 from handler.engines.protocol import Sampler, StepEngine
@@ -650,7 +650,10 @@ class Bench:
         return self._alone[request]
 
 
-@pytest.fixture(scope="module", params=[*MODULES, "torch, ahead"])
+@pytest.fixture(
+    scope="module",
+    params=["onnxruntime", pytest.param("torch", marks=pytest.mark.long), "torch, ahead"],
+)
 def bench(request: pytest.FixtureRequest, oracle_of: Callable[[str], Oracle]) -> Iterator[Bench]:
     limits = {"max_rows": 4, "max_input_tokens": 200, "max_output_tokens": 200}
     backend, *ahead = request.param.split(", ")

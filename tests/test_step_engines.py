@@ -277,7 +277,11 @@ def right_texts(model: Model, examples: list[Example]) -> list[str]:
 
 @pytest.mark.parametrize(
     ("backend", "dtype"),
-    [("onnxruntime", "int8"), ("torch", "int8"), ("torch", "bf16"), ("torch", "fp16")],
+    [
+        ("onnxruntime", "int8"),
+        ("torch", "bf16"),
+        *(pytest.param("torch", dtype, marks=pytest.mark.long) for dtype in ("int8", "fp16")),
+    ],
 )
 def test_the_demo_in_fewer_bits(
     demo: Path,

@@ -62,7 +62,7 @@ def answers(model: Model, prompts: Sequence[str], **parameters: Any) -> list[Gen
 # Equal to transformers
 
 # each start of several processes takes seconds: all others are in `make test-long`
-_QUICK = {("umt5", 4), ("odd", 3)}
+_QUICK = {("odd", 3)}
 CASES = [
     pytest.param(variant, degree, marks=() if (variant, degree) in _QUICK else pytest.mark.long)
     for variant, degree in itertools.product(VARIANTS, (1, 2, 3, 4))

@@ -191,9 +191,7 @@ def test_whole_steps(tmp_path: Path, demo: Path, variant: str) -> None:
     assert same(steps.logits(ahead=True), plain)
     steps.engine.use_kernels()
     assert same(steps.logits(), plain)
-    assert same(steps.logits(ahead=True), plain)
     steps.engine.use_graphs(capture=rerun)
-    assert same(steps.logits(), plain)
     assert same(steps.logits(ahead=True), plain)
 
 

@@ -127,7 +127,11 @@ def test_none_left_is_told(samples: bool, told: bool) -> None:
     assert log_probs == [-np.inf]
 
 
-@pytest.mark.parametrize("filters", FILTERS, ids=str)
+@pytest.mark.parametrize(
+    "filters",
+    [*(pytest.param(one, marks=pytest.mark.long) for one in FILTERS[:4]), *FILTERS[4:]],
+    ids=str,
+)
 def test_draws_follow_the_probabilities(filters: dict[str, Any]) -> None:
     def choose(
         logits: npt.NDArray[np.float32], rows: Sequence[RowSampling], steps: Sequence[int]

@@ -86,7 +86,8 @@ def under_mpi(
 
 
 @pytest.fixture(
-    scope="module", params=["ranks", "alone", pytest.param("triton", marks=pytest.mark.long)]
+    scope="module",
+    params=["alone", *(pytest.param(form, marks=pytest.mark.long) for form in ("ranks", "triton"))],
 )
 def article(request: pytest.FixtureRequest, gpus: Path, endpoint: Path) -> Iterator[DjlClient]:
     """engine=FasterTransformer with four ranks, and engine=Python on both forms of the wheel."""

@@ -1,10 +1,15 @@
 """A program: compiles every kernel that decoding launches, as it is launched, for GPUs that need
-not be there. It prints, by GPU and dtype, which were compiled for one row and which for more."""
+not be there. It prints, by GPU and dtype, which were compiled for one row and which for more.
+
+Arguments: the folder of a model, and the cases, each a compute capability and a dtype: 90-int8.
+Products of int8 are computed in bf16, before Ampere in fp16.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +25,7 @@ from handler.engines.torch_t5 import part as part_module
 from handler.engines.torch_t5.engine import TorchT5StepEngine
 from handler.engines.torch_t5.part import load_part
 
-TURING, AMPERE, HOPPER = 75, 80, 90
-# Products of int8 are computed in bf16, before Ampere in fp16.
-CASES = [(TURING, "int8"), (AMPERE, "int8"), (HOPPER, "int8"), (HOPPER, "fp32")]
+AMPERE = 80
 
 
 class AbsentGpu:
@@ -65,16 +68,17 @@ class Launches:
         return names
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, cases: Sequence[str]) -> None:
     launches, compiled = Launches(), {}
-    for capability, dtype in CASES:
+    for case in cases:
+        capability, dtype = int(case.split("-")[0]), case.split("-")[1]
         driver.set_active(AbsentGpu(capability))
         engine = _engine(folder, capability, dtype)
         names = launches.names()
         for rows in (2, 16, 17, 64):
             _decode(engine, rows)
         *_, _ = engine.encode([[5, 1], [1]])
-        compiled[f"{capability} {dtype}"] = names, launches.names()
+        compiled[case] = names, launches.names()
     print(json.dumps(compiled))
 
 
@@ -95,4 +99,4 @@ def _decode(engine: TorchT5StepEngine, rows: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

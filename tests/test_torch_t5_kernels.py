@@ -207,18 +207,28 @@ def test_kernels_that_fail_are_not_used(
     assert (steps.logits() == plain).all(where=~np.isnan(plain))
 
 
-def test_they_compile_for_gpus(tmp_path: Path, demo: Path) -> None:
+@pytest.mark.parametrize(
+    "cases",
+    [
+        ["75-int8", "90-int8"],
+        pytest.param(["80-int8", "90-fp32"], marks=pytest.mark.long),
+    ],
+    ids="+".join,
+)
+def test_they_compile_for_gpus(tmp_path: Path, demo: Path, cases: list[str]) -> None:
     """To machine code, by Triton itself, with the arguments that a model's decoding gives them; and
     nothing is compiled when more rows come than the first, or a short prompt."""
     folder = write_checkpoint(tmp_path / "model", "flan-t5", demo)
     told = subprocess.run(
-        [sys.executable, Path(__file__).with_name("compile_kernels.py"), folder],
+        [sys.executable, Path(__file__).with_name("compile_kernels.py"), folder, *cases],
         env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")},
         stdout=subprocess.PIPE,
         check=True,
     )
     needed = {"_attention", "_add_norm", "_gate"}
-    for case, (first, later) in json.loads(told.stdout).items():
+    compiled = json.loads(told.stdout)
+    assert list(compiled) == cases
+    for case, (first, later) in compiled.items():
         assert set(first) == needed | ({"_int8_product"} if "int8" in case else set())
         assert not later
 

@@ -20,6 +20,7 @@ from test_scheduler import (
     error_of,
     generation,
     generations,
+    parts_between_steps,
     raising,
     scheduler_of,
 )
@@ -186,18 +187,9 @@ def test_who_joins_has_the_next_step() -> None:
 @pytest.mark.parametrize(("seconds_of_a_part", "most"), [(20.0, 1), (10.0, 1), (4.0, 3)])
 def test_rows_that_run_wait_for_about_one_step(seconds_of_a_part: float, most: int) -> None:
     """What a step still takes when encoding begins is a part of that step's 10 s."""
-    engine = AheadEngine(max_rows=8, parts=5)
-    engine.seconds_of_a_step, engine.seconds_of_a_part = 10.0, seconds_of_a_part
-    sent = generations("first" * 40, *(f"prompt {n}" for n in range(20)))
-    with scheduler_of(engine) as scheduler:
-        engine.before("decode", 1, lambda: scheduler.submit(sent[1:]))
-        scheduler.submit(sent[:1])
-        assert answer(sent[0]) == "first" * 40
-    order = "".join(call[0] for call, _ in engine.log if call in ("part", "decode"))
-    running = order[order.index("d") :].strip("d")
-    parts = Counter(map(len, running.split("d")))
-    assert max(parts) == most
-    assert parts[most] * most == 20 * 6
+    parts = parts_between_steps(AheadEngine(max_rows=8, parts=5), seconds_of_a_part)
+    assert sum(parts) == 20 * 6
+    assert {count for count in parts if count} == {most}
 
 
 @pytest.mark.parametrize("nth", range(3, 8))

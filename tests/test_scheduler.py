@@ -225,7 +225,13 @@ def test_a_prompt_joins_at_the_next_step_and_a_short_one_is_done_first() -> None
 @pytest.mark.parametrize(("seconds_of_a_part", "most"), [(20.0, 1), (10.0, 1), (4.0, 3)])
 def test_rows_that_run_wait_for_about_one_step(seconds_of_a_part: float, most: int) -> None:
     """Encoding between two steps takes as long as a step of 10 s, and ends the part it is in."""
-    engine = EchoEngine(max_rows=8, parts=5)
+    parts = parts_between_steps(EchoEngine(max_rows=8, parts=5), seconds_of_a_part)
+    assert sum(parts) == 20 * 6
+    assert max(parts) == most
+
+
+def parts_between_steps(engine: EchoEngine, seconds_of_a_part: float) -> list[int]:
+    """How many, of 20 prompts of 6 parts that come while one row runs steps of 10 s."""
     engine.seconds_of_a_step, engine.seconds_of_a_part = 10.0, seconds_of_a_part
     sent = generations("first" * 40, *(f"prompt {n}" for n in range(20)))
     with scheduler_of(engine) as scheduler:
@@ -234,8 +240,7 @@ def test_rows_that_run_wait_for_about_one_step(seconds_of_a_part: float, most: i
         assert answer(sent[0]) == "first" * 40
     calls = "".join(call[0] for call, _ in engine.log if call in ("part", "decode"))
     running = calls[calls.index("d") :].strip("d")
-    assert running.count("p") == 20 * 6
-    assert max(map(len, running.split("d"))) == most
+    return [len(parts) for parts in running.split("d")]
 
 
 @pytest.mark.parametrize(("seconds_of_a_part", "together"), [(0.01, 16), (0.11, 2), (9.0, 1)])

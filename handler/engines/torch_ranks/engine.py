@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch.distributed as dist
 
-from handler.engines.torch_ranks.ranks import RankLost, Ranks, decode_on_all
+from handler.engines.torch_ranks.ranks import RankLost, Ranks
 from handler.engines.torch_t5.engine import TorchT5StepEngine
 from handler.engines.torch_t5.kv_cache import EncodedPrompt
 
@@ -112,3 +113,15 @@ class TensorParallelEngine:
             return call()
         except BaseException as error:
             raise RankLost(self._ranks.blame(error)) from error
+
+
+def decode_on_all(
+    engine: TorchT5StepEngine,
+    n: int,
+    tokens: npt.NDArray[np.int64],
+    positions: npt.NDArray[np.int64],
+) -> Any:
+    """This rank's part of a step; tokens that only rank 0's device knows come to the others'."""
+    if (tokens < 0).any():
+        dist.broadcast(engine.chosen, 0)
+    return engine.decode(n, tokens, positions)

@@ -14,7 +14,8 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from handler.config import Configuration
-from handler.engines.torch_ranks.ranks import Link, decode_on_all, leave_group, process_group
+from handler.engines.torch_ranks.engine import decode_on_all
+from handler.engines.torch_ranks.ranks import Link, leave_group, process_group
 from handler.engines.torch_t5.engine import TorchT5StepEngine
 from handler.engines.torch_t5.kv_cache import EncodedPrompt
 from handler.engines.torch_t5.part import load_part

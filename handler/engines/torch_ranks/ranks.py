@@ -23,10 +23,8 @@ from dataclasses import asdict
 from datetime import timedelta
 from multiprocessing import connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
@@ -35,9 +33,6 @@ import handler
 from handler.config import Configuration
 from handler.errors import LoadError, RequestError
 from handler.ranks import end_process
-
-if TYPE_CHECKING:
-    from handler.engines.torch_t5.engine import TorchT5StepEngine
 
 logger = logging.getLogger(__name__)
 
@@ -377,18 +372,6 @@ def process_group(store: TCPStore, rank: int, size: int, device: torch.device) -
     group = dist.group.WORLD
     assert group is not None
     return group
-
-
-def decode_on_all(
-    engine: TorchT5StepEngine,
-    n: int,
-    tokens: npt.NDArray[np.int64],
-    positions: npt.NDArray[np.int64],
-) -> Any:
-    """This rank's part of a step; tokens that only rank 0's device knows come to the others'."""
-    if (tokens < 0).any():
-        dist.broadcast(engine.chosen, 0)
-    return engine.decode(n, tokens, positions)
 
 
 def leave_group(lost: str | None = None) -> None:
